@@ -1,0 +1,52 @@
+"""Blocks of a paged KV cache: ids, reference counts, free space, eviction orders, K/V tensors.
+
+Importing this package does not import torch; the first use of `KVStorage` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from allocator.errors import (
+    AllocatorError,
+    BrokenInvariant,
+    DoubleFree,
+    ForeignBlock,
+    InvalidArgument,
+    KVMismatch,
+    OutOfBlocks,
+    SlotOutOfRange,
+)
+from allocator.eviction import LRU, EvictionOrder, EvictionPolicy, Usage, make_policy
+from allocator.extents import FreeExtents
+from allocator.pool import BlockPool
+
+if TYPE_CHECKING:
+    from allocator.storage import KVStorage
+
+__all__ = [
+    "LRU",
+    "AllocatorError",
+    "BlockPool",
+    "BrokenInvariant",
+    "DoubleFree",
+    "EvictionOrder",
+    "EvictionPolicy",
+    "ForeignBlock",
+    "FreeExtents",
+    "InvalidArgument",
+    "KVMismatch",
+    "KVStorage",
+    "OutOfBlocks",
+    "SlotOutOfRange",
+    "Usage",
+    "make_policy",
+]
+
+
+def __getattr__(name: str) -> type[KVStorage]:
+    if name == "KVStorage":
+        from allocator.storage import KVStorage
+
+        return KVStorage
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

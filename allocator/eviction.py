@@ -1,0 +1,107 @@
+"""Eviction order: which of the items that may go goes first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from sortedcontainers import SortedList
+
+from allocator.errors import InvalidArgument
+
+
+class Usage(NamedTuple):
+    """What a policy may look at of an item."""
+
+    last_used: int  # the tick of its last use; ticks only grow
+    uses: int
+    tokens: int  # how many it holds
+    start: int  # position of its first token in its path
+
+
+@runtime_checkable
+class EvictionPolicy(Protocol):
+    """Says where an item stands in the eviction order."""
+
+    @property
+    def name(self) -> str: ...
+
+    def key(self, usage: Usage) -> int | float:
+        """The smallest key is evicted first. It must not be NaN."""
+        ...
+
+
+class LRU:
+    """Least recently used first."""
+
+    name = "lru"
+
+    def key(self, usage: Usage) -> int:
+        return usage.last_used
+
+
+_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU}
+
+
+def make_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
+    """The policy of that name, or `policy` itself when it is one.
+
+    Raises InvalidArgument, a ValueError, for anything else, listing the known names.
+    """
+    if isinstance(policy, str) and policy in _POLICIES:
+        return _POLICIES[policy]()
+    # A class has the attributes of its instances, but its `key` is not bound.
+    if isinstance(policy, EvictionPolicy) and not isinstance(policy, type):
+        return policy
+    known = ", ".join(map(repr, _POLICIES))
+    raise InvalidArgument(
+        f"eviction policy is {policy!r}, expected one of {known} or an object with name and key"
+    )
+
+
+class EvictionOrder:
+    """Items (integers) in the order in which a policy would evict them.
+
+    Items with equal keys go in ascending order, so that every run evicts the same. Each change is
+    O(log n). The policy is asked once, at `add`: when the usage of an item changes, discard it
+    and add it again.
+    """
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self._policy = policy
+        self._key: dict[int, int | float] = {}
+        self._order: SortedList[tuple[int | float, int]] = SortedList()
+
+    def __len__(self) -> int:
+        return len(self._key)
+
+    def __contains__(self, item: int) -> bool:
+        return item in self._key
+
+    def __iter__(self) -> Iterator[int]:
+        """The items in eviction order. Removes nothing; do not change the order meanwhile."""
+        return (item for _, item in self._order)
+
+    def add(self, item: int, usage: Usage) -> None:
+        """Raises KeyError when `item` is present, InvalidArgument when the policy's key is NaN."""
+        if item in self._key:
+            raise KeyError(f"item {item} is in the eviction order already")
+        key = self._policy.key(usage)
+        if key != key:
+            raise InvalidArgument(f"policy {self._policy.name!r} gave the key {key} for {usage}")
+        self._order.add((key, item))
+        self._key[item] = key
+
+    def discard(self, item: int) -> None:
+        """Raises KeyError when `item` is absent."""
+        if item not in self._key:
+            raise KeyError(f"item {item} is not in the eviction order")
+        self._order.remove((self._key.pop(item), item))
+
+    def pop(self) -> int:
+        """Removes and returns the item that goes first. Raises KeyError when there is none."""
+        if not self._key:
+            raise KeyError("the eviction order is empty")
+        item: int = self._order.pop(0)[1]
+        del self._key[item]
+        return item

@@ -1,0 +1,170 @@
+"""The pool: reference-counted block ids."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from allocator.errors import (
+    BrokenInvariant,
+    DoubleFree,
+    ForeignBlock,
+    InvalidArgument,
+    OutOfBlocks,
+    as_integer,
+    at_least,
+)
+from allocator.extents import FreeExtents
+
+BlockIds = NDArray[np.int32]
+
+_MOST_BLOCKS = 2**31 - 1
+
+
+class BlockPool:
+    """Hands out the blocks 0 .. num_blocks-1 and counts the references to each.
+
+    Attributes: `num_blocks`; `block_size`, in tokens; `refs`, the reference counts, int32
+    [num_blocks], a read-only view that is always current.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """InvalidArgument unless both are integers >= 1 and all block ids fit int32."""
+        self.num_blocks = at_least(1, "num_blocks", num_blocks)
+        self.block_size = at_least(1, "block_size", block_size)
+        if self.num_blocks > _MOST_BLOCKS:
+            raise InvalidArgument(f"num_blocks is {num_blocks}, expected at most {_MOST_BLOCKS}")
+        self._refs = np.zeros(self.num_blocks, np.int32)
+        self.refs = self._refs.view()
+        self.refs.flags.writeable = False
+        self._free = FreeExtents(self.num_blocks)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without a reference. O(1)."""
+        return self._free.total
+
+    def allocate(self, count: int, after: int | None = None) -> BlockIds:
+        """Hands out `count` free blocks, int32 [count], each with one reference.
+
+        They continue directly behind the block `after` as far as that space is free. The others
+        come from a smallest extent that holds them all, else from the largest ones.
+        O(count) in numpy plus O(log extents) for each extent used.
+
+        Raises OutOfBlocks when fewer than `count` are free, ForeignBlock when `after` is no block
+        in use, InvalidArgument for a `count` below 0 or no integer; then nothing has changed.
+        """
+        count = at_least(0, "count", count)
+        if after is not None:
+            after = as_integer("after", after)
+            if not (0 <= after < self.num_blocks and self._refs[after]):
+                raise ForeignBlock([after])
+        if count > self._free.total:
+            raise OutOfBlocks(count, self._free.total)
+        blocks = _ids(self._take(count, after))
+        self._refs[blocks] = 1
+        return blocks
+
+    def retain(self, blocks: ArrayLike) -> None:
+        """Adds a reference to each of `blocks`, an integer array [n]; duplicates count.
+
+        Raises ForeignBlock naming those that are out of range or free, InvalidArgument for an
+        array of another kind; then nothing has changed. O(n log n) in numpy.
+        """
+        ids, times = self._tally(blocks)
+        refs: BlockIds = self._refs.take(ids)
+        if np.count_nonzero(refs) < ids.size:
+            raise ForeignBlock(ids[refs == 0])
+        self._refs[ids] = refs + times
+
+    def release(self, blocks: ArrayLike) -> BlockIds:
+        """Takes a reference from each of `blocks`, an integer array [n]; duplicates count.
+
+        Returns the blocks that became free, int32, ascending. O(n log n) in numpy plus
+        O(log extents) for each run of consecutive blocks that became free.
+
+        Raises ForeignBlock naming those out of range, DoubleFree naming those released more often
+        than they are referenced, InvalidArgument for an array of another kind; then nothing has
+        changed.
+        """
+        ids, times = self._tally(blocks)
+        left: BlockIds = self._refs.take(ids) - times
+        if np.count_nonzero(left < 0):
+            raise DoubleFree(ids[left < 0])
+        self._refs[ids] = left
+        freed: BlockIds = ids[left == 0]
+        for start, length in _runs(freed):
+            self._free.add(start, length)
+        return freed
+
+    def check(self) -> None:
+        """Raises BrokenInvariant unless exactly the blocks without a reference are free.
+
+        O(num_blocks).
+        """
+        self._free.check()
+        free = np.zeros(self.num_blocks, bool)
+        for start, length in self._free:
+            if start + length > self.num_blocks:
+                raise BrokenInvariant(
+                    f"free extent at {start} ends at {start + length} of {self.num_blocks} blocks"
+                )
+            free[start : start + length] = True
+        wrong = np.flatnonzero(np.where(free, self._refs != 0, self._refs < 1))
+        if wrong.size:
+            block = wrong[0]
+            state = "free" if free[block] else "not free"
+            raise BrokenInvariant(f"block {block} is {state} with {self._refs[block]} references")
+
+    def _take(self, count: int, after: int | None) -> list[tuple[int, int]]:
+        """Takes `count` ids, which must be free, in runs (start, length)."""
+        pieces = []
+        if after is not None:
+            taken = self._free.take_at(after + 1, count)
+            pieces.append((after + 1, taken))
+            count -= taken
+        while count:
+            start, taken = self._free.take_best(count)
+            pieces.append((start, taken))
+            count -= taken
+        return pieces
+
+    def _tally(self, blocks: ArrayLike) -> tuple[BlockIds, BlockIds | int]:
+        """The distinct ids, ascending, and how often each occurs (one number if equal for all)."""
+        ids = np.array(blocks)
+        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
+            raise InvalidArgument(
+                f"blocks have shape {ids.shape} and dtype {ids.dtype}, "
+                "expected one dimension of integers"
+            )
+        ids.sort()
+        if ids.size and (ids.item(0) < 0 or ids.item(-1) >= self.num_blocks):
+            raise ForeignBlock(ids[(ids < 0) | (ids >= self.num_blocks)])
+        ids = ids.astype(np.int32, copy=False)
+        if np.count_nonzero(ids[1:] == ids[:-1]):
+            ids, times = np.unique(ids, return_counts=True)
+            return ids, times.astype(np.int32)
+        return ids, 1
+
+
+def _ids(runs: list[tuple[int, int]]) -> BlockIds:
+    """The ids of runs (start, length), in the order of the runs."""
+    if len(runs) == 1:
+        start, length = runs[0]
+        return np.arange(start, start + length, dtype=np.int32)
+    starts, lengths = np.array(runs, np.int32).reshape(-1, 2).T
+    before = np.cumsum(lengths, dtype=np.int32) - lengths
+    ids: BlockIds = np.arange(lengths.sum(), dtype=np.int32) + np.repeat(starts - before, lengths)
+    return ids
+
+
+def _runs(ids: BlockIds) -> list[tuple[int, int]]:
+    """Ascending distinct ids as runs (start, length)."""
+    if not ids.size:
+        return []
+    if ids.item(-1) - ids.item(0) == ids.size - 1:
+        return [(ids.item(0), ids.size)]
+    (breaks,) = np.nonzero(ids[1:] - ids[:-1] != 1)
+    firsts = np.concatenate(([0], breaks + 1))
+    lengths = np.diff(firsts, append=ids.size)
+    return list(zip(ids[firsts].tolist(), lengths.tolist(), strict=True))

@@ -1,0 +1,78 @@
+"""The forest of a batch: what attention plans from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefixtree.columns import Int32s, Int64s
+from prefixtree.tree import ROOT, RadixTree
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The nodes under a batch of running sequences, as plain arrays; N nodes, S sequences.
+
+    A parent stands before its children. Queries are in the order of the sequences, positions
+    ascending; a query sees the positions up to its own on its own path.
+    """
+
+    block_size: int
+    parent: Int32s
+    """[N] index of the parent node in this forest, -1 for a root."""
+    start: Int64s
+    """[N] position of the node's first token in its path."""
+    length: Int64s
+    """[N] tokens, at least 1."""
+    offset: Int32s
+    """[N] of the first token in the node's first block."""
+    block_ptr: Int64s
+    """[N + 1] node i holds blocks[block_ptr[i]:block_ptr[i + 1]], just as many as it needs."""
+    blocks: Int32s
+    leaf: Int32s
+    """[S] deepest node of each sequence."""
+    query_len: Int64s
+    """[S] queries: the last `query_len` positions of the sequence."""
+
+
+def build_forest(tree: RadixTree, tails: Int64s, kv_lens: Int64s, query_lens: Int64s) -> Forest:
+    """The forest of these sequences, as far as their first `kv_lens` tokens.
+
+    A few vector operations for each level of the tree, however many sequences there are.
+    """
+    nodes = tree.nodes
+    parents, starts = np.asarray(nodes.parent), np.asarray(nodes.start)
+    tail_lengths = kv_lens - starts[tails]
+    leaves = np.where(tail_lengths > 0, tails, parents[tails])
+
+    index = np.full(len(parents), -1, np.int32)
+    levels = []
+    level = leaves
+    while len(level):
+        index[level] = 0
+        level = np.unique(level)
+        levels.append(level)
+        level = parents[level]
+        level = level[(level != ROOT) & (index[level] < 0)]
+    members = np.concatenate(levels)
+    members = members[np.argsort(starts[members], kind="stable")]
+    index[members] = np.arange(len(members))
+
+    lengths = np.asarray(nodes.length)[members]
+    with_tail = tail_lengths > 0
+    lengths[index[tails[with_tail]]] = tail_lengths[with_tail]
+    offsets = np.asarray(nodes.offset)[members]
+    counts = -(-(offsets + lengths) // tree.block_size)
+    index[ROOT] = -1
+    return Forest(
+        block_size=tree.block_size,
+        parent=index[parents[members]],
+        start=starts[members],
+        length=lengths,
+        offset=offsets,
+        block_ptr=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+        blocks=tree.blocks.gather(members, counts),
+        leaf=index[leaves],
+        query_len=query_lens,
+    )

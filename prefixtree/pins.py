@@ -1,0 +1,113 @@
+"""Which nodes are in use, and which go when room is needed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from allocator import EvictionOrder, EvictionPolicy, Usage
+from prefixtree.columns import Int32s
+from prefixtree.tree import ROOT, RadixTree
+
+
+class Pins:
+    """Counts the open sequences on each node, and keeps the unpinned leaves in eviction order.
+
+    A sequence pins its whole path, so pins never grow downward and everything below an unpinned
+    node is unpinned too: evicting leaves until none is left frees exactly the evictable blocks.
+    """
+
+    def __init__(self, tree: RadixTree, policy: EvictionPolicy) -> None:
+        self._tree = tree
+        self._order = EvictionOrder(policy)
+        self._tick = 0
+        self.evictable_tokens = 0
+        self.evictable_blocks = 0
+        self.evictable_nodes = 0
+        self.evicted_tokens = 0
+        self.evicted_nodes = 0
+
+    def pin(self, node: int, by: int = 1) -> None:
+        """Pins the path to `node` for `by` more sequences. O(depth)."""
+        nodes = self._tree.nodes
+        while node != ROOT:
+            if not nodes.pins[node]:
+                self._count(node, -1)
+                if not nodes.children[node]:
+                    self._order.discard(node)
+            nodes.pins[node] += by
+            nodes.uses[node] += by
+            node = nodes.parent[node]
+
+    def unpin(self, node: int) -> None:
+        """Takes one sequence's pin off the path to `node`. O(depth + log leaves)."""
+        nodes = self._tree.nodes
+        self._tick += 1
+        while node != ROOT:
+            nodes.pins[node] -= 1
+            if not nodes.pins[node]:
+                nodes.last_used[node] = self._tick
+                self._count(node, 1)
+                if not nodes.children[node]:
+                    self._enqueue(node)
+            node = nodes.parent[node]
+
+    def split(self, node: int, length: int) -> tuple[int, int]:
+        """`RadixTree.split` of a node that may be in the order."""
+        nodes = self._tree.nodes
+        waiting = not nodes.pins[node] and not nodes.children[node]
+        if waiting:
+            self._order.discard(node)
+        upper, shared = self._tree.split(node, length)
+        if not nodes.pins[node]:
+            self.evictable_nodes += 1
+        if waiting:
+            self._enqueue(node)
+        return upper, shared
+
+    def evictable_blocks_on_path(self, node: int) -> int:
+        """How many of the evictable blocks pinning the path to `node` would keep. O(depth)."""
+        nodes = self._tree.nodes
+        blocks = 0
+        while node != ROOT and not nodes.pins[node]:
+            blocks += self._tree.own_blocks(node)
+            node = nodes.parent[node]
+        return blocks
+
+    def evict(self, num_blocks: int) -> Int32s:
+        """Removes leaves in order until `num_blocks` blocks come free or none is left.
+
+        Returns the blocks to let go of; those that removed nodes shared appear more than once.
+        O(log leaves) a node.
+        """
+        tree, nodes = self._tree, self._tree.nodes
+        before = self.evictable_blocks
+        held: list[Int32s] = []
+        while self._order and before - self.evictable_blocks < num_blocks:
+            node = self._order.pop()
+            parent = nodes.parent[node]
+            self._count(node, -1)
+            self.evicted_tokens += nodes.length[node]
+            self.evicted_nodes += 1
+            held.append(tree.remove(node))
+            if parent != ROOT and not nodes.pins[parent] and not nodes.children[parent]:
+                self._enqueue(parent)
+        return np.concatenate(held) if held else np.empty(0, np.int32)
+
+    def check_order(self) -> set[int]:
+        """The nodes in the order, for `check`."""
+        return set(self._order)
+
+    def _enqueue(self, node: int) -> None:
+        nodes = self._tree.nodes
+        usage = Usage(
+            last_used=nodes.last_used[node],
+            uses=nodes.uses[node],
+            tokens=nodes.length[node],
+            start=nodes.start[node],
+        )
+        self._order.add(node, usage)
+
+    def _count(self, node: int, sign: int) -> None:
+        self.evictable_tokens += sign * self._tree.nodes.length[node]
+        self.evictable_blocks += sign * self._tree.own_blocks(node)
+        self.evictable_nodes += sign

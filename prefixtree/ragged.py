@@ -1,0 +1,116 @@
+"""Many growing lists of int32 in one buffer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prefixtree.columns import Column, Int32s, Int64s
+
+
+def spans(starts: Int64s, counts: Int64s) -> Int64s:
+    """`counts[i]` consecutive indices from `starts[i]` on, for every i, in one array."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - ends + counts, counts)
+
+
+class RaggedInts:
+    """Lists numbered by their owner's rows; a row never set is an empty list.
+
+    A batch of lists is extended or gathered by a few vector operations. A list that outgrows its
+    room moves to the end of the buffer with twice the room. When the buffer is full it is rebuilt
+    without holes, at twice the size of what is in it, so that an entry costs amortised O(1).
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Int32s = np.empty(1024, np.int32)
+        self._end = 0
+        self.size: Column = np.zeros(64, np.int64).data
+        self._start: Column = np.zeros(64, np.int64).data
+        self._room: Column = np.zeros(64, np.int64).data
+
+    def get(self, row: int) -> Int32s:
+        """A view of the list, good until the next change of any list."""
+        start = self._start[row]
+        return self._buffer[start : start + self.size[row]]
+
+    def set(self, row: int, values: Int32s) -> None:
+        """Replaces the list. `values` may be a view of another list."""
+        self.reach(row)
+        size = len(values)
+        if self._room[row] < size:
+            values = values.copy()  # making room may move the list that `values` looks at
+            self._room[row] = self.size[row] = 0
+            self._make_room(size)
+            self._start[row] = self._end
+            self._room[row] = size
+            self._end += size
+        start = self._start[row]
+        self._buffer[start : start + size] = values
+        self.size[row] = size
+
+    def extend(self, rows: Int64s, counts: Int64s, values: Int32s) -> None:
+        """Appends `counts[i]` of the packed `values` to list `rows[i]`; rows are distinct."""
+        sizes = np.asarray(self.size)[rows]
+        grown = sizes + counts
+        short = grown > np.asarray(self._room)[rows]
+        if short.any():
+            self._move(rows[short], 2 * grown[short])
+        self._buffer[spans(np.asarray(self._start)[rows] + sizes, counts)] = values
+        np.asarray(self.size)[rows] = grown
+
+    def at(self, rows: Int64s, indices: Int64s) -> Int32s:
+        """Entry `indices[i]` of list `rows[i]`; the caller keeps to the lists' sizes."""
+        return self._buffer[np.asarray(self._start)[rows] + indices]
+
+    def gather(self, rows: Int64s, counts: Int64s) -> Int32s:
+        """The first `counts[i]` entries of each list, packed; the caller keeps to the sizes."""
+        return self._buffer[spans(np.asarray(self._start)[rows], counts)]
+
+    def drop_front(self, row: int, count: int) -> None:
+        self._start[row] += count
+        self._room[row] -= count
+        self.size[row] -= count
+
+    def truncate(self, row: int, size: int) -> None:
+        self.size[row] = size
+
+    def clear(self, row: int) -> None:
+        """Empties the list and gives its room back."""
+        if row < len(self.size):
+            self.size[row] = self._room[row] = 0
+
+    def reach(self, row: int) -> None:
+        """Makes `row` a valid list, empty when it is new."""
+        if row >= len(self.size):
+            self._add_rows(row + 1)
+
+    def _move(self, rows: Int64s, rooms: Int64s) -> None:
+        """Gives each of these lists a fresh place of its new room at the buffer's end."""
+        self._make_room(int(rooms.sum()))
+        sizes = np.asarray(self.size)[rows]
+        starts = self._end + np.cumsum(rooms) - rooms
+        self._buffer[spans(starts, sizes)] = self.gather(rows, sizes)
+        np.asarray(self._start)[rows] = starts
+        np.asarray(self._room)[rows] = rooms
+        self._end += int(rooms.sum())
+
+    def _make_room(self, count: int) -> None:
+        if self._end + count <= len(self._buffer):
+            return
+        held = np.asarray(self._room)
+        rows = np.flatnonzero(held)
+        rooms, sizes = held[rows], np.asarray(self.size)[rows]
+        values = self.gather(rows, sizes)
+        starts = np.cumsum(rooms) - rooms
+        self._end = int(rooms.sum())
+        self._buffer = np.empty(2 * (self._end + count), np.int32)
+        self._buffer[spans(starts, sizes)] = values
+        np.asarray(self._start)[rows] = starts
+
+    def _add_rows(self, count: int) -> None:
+        rows = len(self.size)
+        for name in ("size", "_start", "_room"):
+            column = np.zeros(max(count, 2 * rows), np.int64)
+            column[:rows] = np.asarray(getattr(self, name))
+            setattr(self, name, column.data)

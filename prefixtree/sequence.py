@@ -1,0 +1,105 @@
+"""Handles on open sequences."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from prefixtree.columns import Int32s, Int64s
+
+if TYPE_CHECKING:
+    from prefixtree.cache import PrefixCache
+
+
+class Sequence:
+    """A running request: its path in the tree, pinned, and a tail that it alone writes.
+
+    Made by `PrefixCache.open` and `fork`. After `close` every call raises `SequenceClosed`.
+    """
+
+    __slots__ = ("_cache", "_serial", "_tail", "cached_len", "fork_len")
+
+    def __init__(
+        self, cache: PrefixCache, tail: int, serial: int, cached_len: int, fork_len: int
+    ) -> None:
+        self._cache = cache
+        self._tail = tail
+        self._serial = serial
+        self.cached_len = cached_len
+        """Tokens whose KV was there when the sequence was opened or forked."""
+        self.fork_len = fork_len
+        """Tokens shared with sequences forked off it, or that it was forked from: no rollback
+        goes below."""
+
+    def __len__(self) -> int:
+        """All its tokens, committed or not. O(1)."""
+        return self._cache._length(self)
+
+    @property
+    def committed(self) -> int:
+        """Tokens whose KV is written. O(1)."""
+        return self._cache._committed(self)
+
+    @property
+    def is_open(self) -> bool:
+        return self._cache._is_open(self)
+
+    def tokens(self) -> Int32s:
+        """A copy of all its tokens, int32 [len]. O(len)."""
+        return self._cache._tokens(self)
+
+    def slots(self, start: int, stop: int) -> Int64s:
+        """Where the KV of positions start..stop-1 is, or is to be written: int64 [stop - start].
+
+        Ask anew after a commit: it may move the sequence over to a copy of its tokens that was
+        there before. Raises `SlotRange` unless 0 <= start <= stop <= len. O(stop - start + depth).
+        """
+        return self._cache._slots(self, start, stop)
+
+    def commit(self, length: int) -> None:
+        """The KV of the positions below `length` is written: from now on others match them.
+
+        Tokens that the tree has meanwhile got from another sequence are not kept twice: this
+        sequence moves over to the first copy and gives its own blocks back. Raises `InvalidLength`
+        unless committed <= length <= len. O(1) but for the first commit behind a node: O(length).
+        """
+        self._cache._commit(self, length)
+
+    def fork(self, count: int) -> list[Sequence]:
+        """`count` new sequences that share all its tokens; this one stays open and goes on.
+
+        Nothing is copied: each starts its own tokens on a fresh block. Raises `NotCommitted` when
+        KV is missing, `InvalidLength` unless count >= 1. O(count + depth).
+        """
+        return self._cache._fork(self, count)
+
+    def rollback(self, count: int) -> None:
+        """Drops the last `count` tokens, rejected drafts for example.
+
+        Uncommitted tokens give their slots back. Committed ones are computed KV that is worth
+        keeping: they stay in the tree, unpinned, for others to match or to be evicted. Raises
+        `RollbackPastFork` below `fork_len`, `InvalidLength` for a negative count or when no token
+        would be left. O(depth).
+        """
+        self._cache._rollback(self, count)
+
+    def close(self) -> None:
+        """Ends the sequence. Its committed KV stays, evictable, for the next match. O(depth)."""
+        self._cache._close(self)
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.is_open:
+            self.close()
+
+    def __repr__(self) -> str:
+        if not self.is_open:
+            return "<Sequence closed>"
+        return f"<Sequence {len(self)} tokens, {self.committed} committed>"

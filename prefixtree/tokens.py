@@ -1,0 +1,72 @@
+"""Tokens as they come from users, turned into what the tree compares."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as AbstractSequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from prefixtree.columns import Int32s
+from prefixtree.errors import InvalidTokens
+
+TokensLike: TypeAlias = "AbstractSequence[int] | npt.NDArray[np.integer[Any]] | Any"
+"""A list, tuple, range, `array.array`, numpy array or torch tensor (any device) of token ids."""
+
+MAX_TOKEN = 2**31 - 1
+
+
+def as_tokens(tokens: TokensLike) -> Int32s:
+    """Token ids as a contiguous int32 array.
+
+    Raises `InvalidTokens` for ids that are not integers or outside 0..2**31-1 (named with their
+    position) and for anything not 1-d. O(n); an int32 array is only scanned, not converted.
+    """
+    if isinstance(tokens, (list, tuple, range)):
+        values = _from_python_ints(tokens)
+    else:
+        try:
+            values = np.asarray(tokens.cpu() if hasattr(tokens, "cpu") else tokens)
+        except (TypeError, ValueError):  # torch's bfloat16, ragged objects
+            raise InvalidTokens(f"tokens must be integers, got {tokens!r:.60}") from None
+        if values.ndim != 1:
+            raise InvalidTokens(f"tokens must be 1-d, got shape {values.shape}")
+        if values.dtype.kind not in "iu":
+            raise InvalidTokens(f"tokens must be integers, got {values.dtype} ({tokens!r:.60})")
+    if len(values):
+        low, high = values.min(), values.max()
+        if low < 0 or high > MAX_TOKEN:
+            at = int(values.argmin() if low < 0 else values.argmax())
+            raise InvalidTokens(f"token ids must be 0..{MAX_TOKEN}, got {values[at]} at {at}")
+    return np.ascontiguousarray(values, np.int32)
+
+
+def _from_python_ints(tokens: AbstractSequence[int]) -> npt.NDArray[np.integer[Any]]:
+    try:
+        return np.frombuffer(array("i", tokens), np.int32)
+    except OverflowError:
+        at, token = next((i, t) for i, t in enumerate(tokens) if not -(2**31) <= t <= MAX_TOKEN)
+        raise InvalidTokens(f"token ids must be 0..{MAX_TOKEN}, got {token} at {at}") from None
+    except TypeError:
+        odd = ((i, t) for i, t in enumerate(tokens) if not hasattr(t, "__index__"))
+        at, token = next(odd, (0, tokens[0]))
+        raise InvalidTokens(f"tokens must be integers, got {token!r:.60} at {at}") from None
+
+
+def as_prompt(tokens: TokensLike) -> Int32s:
+    """As `as_tokens`, and not empty."""
+    values = as_tokens(tokens)
+    if not len(values):
+        raise InvalidTokens("a sequence needs at least 1 token, got an empty prompt")
+    return values
+
+
+def common_prefix(edge: bytes, data: bytes, at: int) -> int:
+    """How many tokens `edge` and `data` from token `at` on agree in. O(answer) in C."""
+    left = np.frombuffer(edge, np.int32)
+    right = np.frombuffer(data, np.int32, min(len(left), len(data) // 4 - at), 4 * at)
+    differs = left[: len(right)] != right
+    first = int(differs.argmax()) if len(right) else 0
+    return first if len(right) and differs[first] else len(right)

@@ -1,0 +1,323 @@
+"""The radix tree: token sequences mapped to the blocks that hold their KV.
+
+A node is an edge of the tree: its tokens and the slots of their KV, as (blocks, offset of the first
+token in the first block, length). A split inside a block leaves both halves on that block, so that
+sharing is exact to the token at any block size and nothing is ever copied.
+
+The tree only decides: it changes its own tables and returns what is to be done about blocks (held
+once more, let go). It knows neither the pool nor who evicts.
+
+Every open sequence owns one node, its *tail*, that it alone writes: `writer` is the sequence's
+serial number. A tail hangs below its parent from the start; it is *linked* (found by walks) once it
+has committed tokens. Its `length` counts the committed tokens, its `tail_tokens` all of them, so
+that a decode step of a whole batch is a few vector operations; the token bytes that walks compare
+are brought up to date when a walk comes by.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from prefixtree.columns import Column, Columns, Int32s, Int64s
+from prefixtree.ragged import RaggedInts
+from prefixtree.tokens import common_prefix
+
+ROOT = 0
+
+
+class NodeTable(Columns):
+    """One row a node."""
+
+    FIELDS: ClassVar[dict[str, str]] = {
+        "parent": "i",
+        "children": "i",
+        "start": "q",
+        "length": "q",
+        "offset": "i",
+        "shares_first": "b",
+        "linked": "b",
+        "writer": "q",
+        "pins": "i",
+        "last_used": "q",
+        "uses": "q",
+    }
+    parent: Column
+    children: Column  # how many linked nodes hang below
+    start: Column  # position of the first token in its path
+    length: Column  # tokens, committed ones only
+    offset: Column  # of the first token in the first block
+    shares_first: Column  # 1 when a node above holds the first block as well
+    linked: Column  # 1 when walks find the node
+    writer: Column  # serial number of the sequence whose tail this is, else 0
+    pins: Column  # open sequences whose path passes through
+    last_used: Column  # tick at which the last pin went
+    uses: Column  # pins ever
+
+
+class Place(NamedTuple):
+    """Where a walk ended: behind `node`, and `within` tokens into its child `child`."""
+
+    node: int
+    consumed: int  # tokens of the walk up to the end of `node`
+    child: int  # -1 when no child begins with the next token, or there is none
+    within: int  # 0 when child is -1
+
+    @property
+    def matched(self) -> int:
+        return self.consumed + self.within
+
+
+class RadixTree:
+    """Nodes by number; node 0 is the root, which is empty and always there."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.nodes = NodeTable()
+        self.tokens: list[bytes] = []
+        self.blocks = RaggedInts()
+        self.tail_tokens = RaggedInts()
+        self.cached_tokens = 0  # in linked nodes
+        # One dict for all edges, (node, first token of the child) -> child, both in one int: a
+        # million nodes are then one container for the garbage collector, not a million.
+        self._child: dict[int, int] = {}
+        self.add(ROOT, writer=0)
+
+    def add(self, parent: int, writer: int) -> int:
+        """An empty, unlinked, unpinned node behind `parent`. O(1)."""
+        nodes = self.nodes
+        node = nodes.new()
+        if node == len(self.tokens):
+            self.tokens.append(b"")
+            self.blocks.reach(node)
+            self.tail_tokens.reach(node)
+        nodes.parent[node] = parent
+        nodes.start[node] = 0 if node == ROOT else self.end(parent)
+        nodes.writer[node] = writer
+        for column in (
+            nodes.children,
+            nodes.length,
+            nodes.offset,
+            nodes.shares_first,
+            nodes.linked,
+            nodes.pins,
+            nodes.last_used,
+            nodes.uses,
+        ):
+            column[node] = 0
+        return node
+
+    def end(self, node: int) -> int:
+        """Position behind the node's last committed token."""
+        return self.nodes.start[node] + self.nodes.length[node]
+
+    def child(self, node: int, token: int) -> int:
+        """The child whose first token is `token`, or -1."""
+        return self._child.get(node << 32 | token, -1)
+
+    def edge(self, node: int) -> bytes:
+        """The node's tokens as int32 bytes, brought up to date for a tail."""
+        known = self.tokens[node]
+        if self.nodes.writer[node] and len(known) < 4 * self.nodes.length[node]:
+            fresh = self.tail_tokens.get(node)[len(known) // 4 : self.nodes.length[node]]
+            known = self.tokens[node] = known + fresh.tobytes()
+        return known
+
+    def walk(self, data: bytes, node: int = ROOT) -> Place:
+        """Follows `data` (int32 bytes) down from the end of `node` as far as the tree goes.
+
+        One dictionary lookup and one comparison in C a node passed.
+        """
+        ids = memoryview(data).cast("i")
+        count = len(ids)
+        at = 0
+        writer = self.nodes.writer
+        while at < count:
+            child = self._child.get(node << 32 | ids[at], -1)
+            if child < 0:
+                break
+            edge = self.edge(child) if writer[child] else self.tokens[child]
+            if not data.startswith(edge, 4 * at):
+                return Place(node, at, child, common_prefix(edge, data, at))
+            at += len(edge) // 4
+            node = child
+        return Place(node, at, -1, 0)
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the first below the root down to `node`. O(depth)."""
+        path = []
+        while node != ROOT:
+            path.append(node)
+            node = self.nodes.parent[node]
+        return path[::-1]
+
+    def own_blocks(self, node: int) -> int:
+        """Blocks that come free when the node goes, once those below it have gone.
+
+        All nodes that hold a block lie on one path, and the topmost of them outlives the others.
+        """
+        return self.blocks.size[node] - self.nodes.shares_first[node]
+
+    def blocks_for(self, node: int, length: int) -> int:
+        """Blocks that the node needs for `length` tokens."""
+        return -(-(self.nodes.offset[node] + length) // self.block_size)
+
+    def slots(self, node: int, start: int, stop: int) -> Int64s:
+        """Slots of the node's tokens start..stop-1, counted from its first."""
+        places = np.arange(start, stop) + self.nodes.offset[node]
+        blocks = self.blocks.get(node)[places // self.block_size].astype(np.int64)
+        return blocks * self.block_size + places % self.block_size
+
+    def link(self, node: int) -> None:
+        """Makes a tail with committed tokens findable; no sibling may begin with its token."""
+        nodes = self.nodes
+        parent = nodes.parent[node]
+        self._child[parent << 32 | self._first_token(node)] = node
+        nodes.children[parent] += 1
+        nodes.linked[node] = 1
+        self.cached_tokens += nodes.length[node]
+
+    def split(self, node: int, length: int) -> tuple[int, int]:
+        """Puts the first `length` tokens into a new node above `node`.
+
+        `node` keeps the rest, its number, its children and, if it is a tail, its writer. Only a
+        tail may keep no committed token; it is then no longer linked. Returns the new node and the
+        block that both now hold (to be referenced once more), or -1 where they share none.
+        """
+        nodes = self.nodes
+        edge = self.edge(node)
+        upper = self.add(nodes.parent[node], writer=0)
+        for column in (nodes.offset, nodes.shares_first, nodes.pins, nodes.last_used, nodes.uses):
+            column[upper] = column[node]
+        nodes.length[upper] = length
+        nodes.linked[upper] = 1
+        self._child[nodes.parent[node] << 32 | _token(edge)] = upper
+        self.tokens[upper] = edge[: 4 * length]
+
+        whole, rest = divmod(nodes.offset[node] + length, self.block_size)
+        self.blocks.set(upper, self.blocks.get(node)[: whole + (rest > 0)])
+        nodes.parent[node] = upper
+        self._advance(node, length)
+        nodes.length[node] -= length
+        if nodes.length[node]:
+            self._child[upper << 32 | _token(self.tokens[node])] = node
+            nodes.children[upper] = 1
+        else:
+            nodes.linked[node] = 0
+        if not rest:
+            return upper, -1
+        nodes.shares_first[node] = 1
+        return upper, int(self.blocks.get(node)[0])
+
+    def mergeable(self, node: int) -> bool:
+        """Whether the node and its parent could be one: no sibling, same sequences, slots go on."""
+        nodes = self.nodes
+        parent = nodes.parent[node]
+        return (
+            parent != ROOT
+            and nodes.children[parent] == 1
+            and nodes.pins[parent] == nodes.pins[node]
+            and not nodes.writer[node]
+            and (nodes.offset[parent] + nodes.length[parent]) % self.block_size
+            == nodes.offset[node]
+            and (not nodes.offset[node] or self.blocks.get(parent)[-1] == self.blocks.get(node)[0])
+        )
+
+    def merge(self, node: int) -> int:
+        """Undoes a split: the node takes its parent's tokens in front of its own.
+
+        The nodes must be `mergeable`. Returns the block that they held twice (one reference is to
+        be let go), or -1.
+        """
+        nodes = self.nodes
+        parent = nodes.parent[node]
+        shared = int(self.blocks.get(node)[0]) if nodes.offset[node] else -1
+        del self._child[parent << 32 | _token(self.tokens[node])]
+        self.tokens[node] = self.tokens[parent] + self.tokens[node]
+        self.blocks.set(
+            node,
+            np.concatenate([self.blocks.get(parent), self.blocks.get(node)[int(shared >= 0) :]]),
+        )
+        nodes.parent[node] = nodes.parent[parent]
+        for column in (nodes.start, nodes.offset, nodes.shares_first):
+            column[node] = column[parent]
+        nodes.length[node] += nodes.length[parent]
+        self._child[nodes.parent[node] << 32 | _token(self.tokens[node])] = node
+        self._forget(parent)
+        return shared
+
+    def drop_front(self, tail: int, count: int) -> Int32s:
+        """Drops the first `count` tokens of an unlinked tail; returns the blocks to let go."""
+        dropped = (self.nodes.offset[tail] + count) // self.block_size
+        gone = self.blocks.get(tail)[:dropped].copy()
+        self._advance(tail, count)
+        self.nodes.length[tail] -= count
+        return np.concatenate([gone, self.trim(tail)])
+
+    def trim(self, tail: int) -> Int32s:
+        """Takes from a tail the blocks that none of its tokens uses; returns them.
+
+        An empty tail keeps a block only to go on in it behind the node above.
+        """
+        nodes = self.nodes
+        size = self.tail_tokens.size[tail]
+        if not size and not nodes.shares_first[tail]:
+            nodes.offset[tail] = 0
+        needed = self.blocks_for(tail, size)
+        gone = self.blocks.get(tail)[needed:].copy()
+        self.blocks.truncate(tail, needed)
+        return gone
+
+    def rehang(self, tail: int, node: int) -> Int32s:
+        """Puts an empty tail behind another node; returns the blocks to let go."""
+        nodes = self.nodes
+        nodes.parent[tail] = node
+        nodes.start[tail] = self.end(node)
+        nodes.shares_first[tail] = 0
+        return self.trim(tail)
+
+    def freeze(self, tail: int) -> None:
+        """Makes a linked tail an ordinary node; its uncommitted tokens must be gone."""
+        self.edge(tail)
+        self.nodes.writer[tail] = 0
+        self.tail_tokens.clear(tail)
+
+    def remove(self, node: int) -> Int32s:
+        """Takes a leaf or an unlinked tail out; returns the blocks to let go."""
+        nodes = self.nodes
+        held = self.blocks.get(node).copy()
+        if nodes.linked[node]:
+            parent = nodes.parent[node]
+            del self._child[parent << 32 | self._first_token(node)]
+            nodes.children[parent] -= 1
+            self.cached_tokens -= nodes.length[node]
+        self._forget(node)
+        return held
+
+    def _advance(self, node: int, count: int) -> None:
+        """Moves the node's first token `count` further, in all but its length and parent."""
+        nodes = self.nodes
+        whole, nodes.offset[node] = divmod(nodes.offset[node] + count, self.block_size)
+        nodes.start[node] += count
+        nodes.shares_first[node] = 0 if whole else nodes.shares_first[node]
+        self.blocks.drop_front(node, whole)
+        self.tokens[node] = self.tokens[node][4 * count :]
+        if nodes.writer[node]:
+            self.tail_tokens.drop_front(node, count)
+
+    def _forget(self, node: int) -> None:
+        self.blocks.clear(node)
+        self.tail_tokens.clear(node)
+        self.tokens[node] = b""
+        self.nodes.free(node)
+
+    def _first_token(self, node: int) -> int:
+        if self.nodes.writer[node]:
+            return int(self.tail_tokens.get(node)[0])
+        return _token(self.tokens[node])
+
+
+def _token(edge: bytes) -> int:
+    return int.from_bytes(edge[:4], sys.byteorder)

@@ -16,7 +16,7 @@ from allocator.errors import (
 )
 from allocator.extents import FreeExtents
 
-BlockIds = NDArray[np.int32]
+Int32s = NDArray[np.int32]
 
 _MOST_BLOCKS = 2**31 - 1
 
@@ -24,8 +24,7 @@ _MOST_BLOCKS = 2**31 - 1
 class BlockPool:
     """Hands out the blocks 0 .. num_blocks-1 and counts the references to each.
 
-    Attributes: `num_blocks`; `block_size`, in tokens; `refs`, the reference counts, int32
-    [num_blocks], a read-only view that is always current.
+    Attributes: `num_blocks`; `block_size`, in tokens.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -35,16 +34,21 @@ class BlockPool:
         if self.num_blocks > _MOST_BLOCKS:
             raise InvalidArgument(f"num_blocks is {num_blocks}, expected at most {_MOST_BLOCKS}")
         self._refs = np.zeros(self.num_blocks, np.int32)
-        self.refs = self._refs.view()
-        self.refs.flags.writeable = False
         self._free = FreeExtents(self.num_blocks)
+
+    @property
+    def refs(self) -> Int32s:
+        """The reference counts, int32 [num_blocks]: a read-only view, always current."""
+        view = self._refs.view()
+        view.flags.writeable = False
+        return view
 
     @property
     def num_free(self) -> int:
         """Blocks without a reference. O(1)."""
         return self._free.total
 
-    def allocate(self, count: int, after: int | None = None) -> BlockIds:
+    def allocate(self, count: int, after: int | None = None) -> Int32s:
         """Hands out `count` free blocks, int32 [count], each with one reference.
 
         They continue directly behind the block `after` as far as that space is free. The others
@@ -72,12 +76,12 @@ class BlockPool:
         array of another kind; then nothing has changed. O(n log n) in numpy.
         """
         ids, times = self._tally(blocks)
-        refs: BlockIds = self._refs.take(ids)
+        refs: Int32s = self._refs.take(ids)
         if np.count_nonzero(refs) < ids.size:
             raise ForeignBlock(ids[refs == 0])
         self._refs[ids] = refs + times
 
-    def release(self, blocks: ArrayLike) -> BlockIds:
+    def release(self, blocks: ArrayLike) -> Int32s:
         """Takes a reference from each of `blocks`, an integer array [n]; duplicates count.
 
         Returns the blocks that became free, int32, ascending. O(n log n) in numpy plus
@@ -88,11 +92,11 @@ class BlockPool:
         changed.
         """
         ids, times = self._tally(blocks)
-        left: BlockIds = self._refs.take(ids) - times
+        left: Int32s = self._refs.take(ids) - times
         if np.count_nonzero(left < 0):
             raise DoubleFree(ids[left < 0])
         self._refs[ids] = left
-        freed: BlockIds = ids[left == 0]
+        freed: Int32s = ids[left == 0]
         for start, length in _runs(freed):
             self._free.add(start, length)
         return freed
@@ -129,7 +133,7 @@ class BlockPool:
             count -= taken
         return pieces
 
-    def _tally(self, blocks: ArrayLike) -> tuple[BlockIds, BlockIds | int]:
+    def _tally(self, blocks: ArrayLike) -> tuple[Int32s, Int32s | int]:
         """The distinct ids, ascending, and how often each occurs (one number if equal for all)."""
         ids = np.array(blocks)
         if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
@@ -147,18 +151,18 @@ class BlockPool:
         return ids, 1
 
 
-def _ids(runs: list[tuple[int, int]]) -> BlockIds:
+def _ids(runs: list[tuple[int, int]]) -> Int32s:
     """The ids of runs (start, length), in the order of the runs."""
     if len(runs) == 1:
         start, length = runs[0]
         return np.arange(start, start + length, dtype=np.int32)
     starts, lengths = np.array(runs, np.int32).reshape(-1, 2).T
     before = np.cumsum(lengths, dtype=np.int32) - lengths
-    ids: BlockIds = np.arange(lengths.sum(), dtype=np.int32) + np.repeat(starts - before, lengths)
+    ids: Int32s = np.arange(lengths.sum(), dtype=np.int32) + np.repeat(starts - before, lengths)
     return ids
 
 
-def _runs(ids: BlockIds) -> list[tuple[int, int]]:
+def _runs(ids: Int32s) -> list[tuple[int, int]]:
     """Ascending distinct ids as runs (start, length)."""
     if not ids.size:
         return []

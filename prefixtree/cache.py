@@ -25,7 +25,7 @@ from prefixtree.sequence import Sequence
 from prefixtree.stats import Counters, Stats
 from prefixtree.tails import Tails
 from prefixtree.tokens import TokensLike, as_prompt, as_tokens
-from prefixtree.tree import Place, RadixTree
+from prefixtree.tree import ROOT, Place, RadixTree
 from prefixtree.view import TreeView
 
 
@@ -45,9 +45,16 @@ class Batch:
     Made by `PrefixCache.batch`; used with a sequence closed meanwhile it raises `SequenceClosed`.
     """
 
-    __slots__ = ("_serials", "_tails", "sequences")
+    __slots__ = ("_cache", "_serials", "_tails", "sequences")
 
-    def __init__(self, sequences: tuple[Sequence, ...], tails: Int64s, serials: Int64s) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        sequences: tuple[Sequence, ...],
+        tails: Int64s,
+        serials: Int64s,
+    ) -> None:
+        self._cache = cache
         self.sequences = sequences
         self._tails = tails
         self._serials = serials
@@ -76,7 +83,7 @@ class PrefixCache:
         self._tails = Tails(self._tree, self._pool, self._pins)
         self._counters = Counters()
         self._open: dict[int, int] = {}  # serial number to tail
-        self._prefilling: set[int] = set()  # tails with a prompt not committed whole
+        self._prefilling: dict[int, int] = {}  # tails with a prompt not committed whole: its length
 
     @property
     def num_blocks(self) -> int:
@@ -93,7 +100,7 @@ class PrefixCache:
         """
         wanted = as_prompt(tokens)
         place = self._tree.walk(wanted.tobytes())
-        return Match(place.matched, self._pending(place, wanted[place.matched :]))
+        return Match(place.matched, self._pending(place, wanted))
 
     def open(self, tokens: TokensLike) -> Sequence:
         """A sequence of these tokens: the longest match pinned, blocks reserved for all the rest.
@@ -109,10 +116,9 @@ class PrefixCache:
         node = self._tails.land(place)
         self._pins.pin(node)
         self._free_up(needed)
-        tail = self._tails.start(node)
+        tail = self._tails.start(node, rest)
         if len(rest):
-            self._tails.extend(np.array([tail]), np.array([len(rest)]), rest)
-            self._prefilling.add(tail)
+            self._prefilling[tail] = len(prompt)
         self._counters.opens += 1
         self._counters.query_tokens += len(prompt)
         self._counters.hit_tokens += place.matched
@@ -130,7 +136,7 @@ class PrefixCache:
         if len(set(serials)) < len(serials):
             raise InvalidBatch("a sequence is in the batch twice")
         tails = np.array([sequence._tail for sequence in members], np.int64)
-        batch = Batch(members, tails, np.array(serials, np.int64))
+        batch = Batch(self, members, tails, np.array(serials, np.int64))
         self._require_open(batch)
         return batch
 
@@ -169,8 +175,8 @@ class PrefixCache:
         """
         batch = self._as_batch(batch)
         self._tails.commit_all(batch._tails)
-        if self._prefilling:
-            self._prefilling.difference_update(batch._tails.tolist())
+        for tail in self._prefilling.keys() & batch._tails.tolist():
+            del self._prefilling[tail]
 
     def forest(
         self,
@@ -263,16 +269,17 @@ class PrefixCache:
             blocks -= self._tree.nodes.shares_first[place.child]
         return blocks
 
-    def _pending(self, place: Place, rest: Int32s) -> int:
-        if place.within or not len(rest):
-            return 0
+    def _pending(self, place: Place, wanted: Int32s) -> int:
+        """Tokens behind the match that a prompt being computed has too."""
         nodes = self._tree.nodes
-        longest = 0
-        for tail in self._prefilling:
-            if tail == place.node or (nodes.parent[tail] == place.node and not nodes.linked[tail]):
-                ahead = self._tree.tail_tokens.get(tail)[nodes.length[tail] :]
-                longest = max(longest, _agreement(ahead, rest))
-        return longest
+        path = {ROOT, *self._tree.path(place.node)} if self._prefilling else ()
+        reached = place.matched
+        for tail, prompt_len in self._prefilling.items():
+            if nodes.parent[tail] in path:
+                start = nodes.start[tail]
+                prompt = self._tree.tail_tokens.get(tail)[: prompt_len - start]
+                reached = max(reached, start + _agreement(prompt, wanted[start:]))
+        return reached - place.matched
 
     def _handle(self, tail: int, cached_len: int, fork_len: int) -> Sequence:
         serial = self._tree.nodes.writer[tail]
@@ -286,6 +293,8 @@ class PrefixCache:
         return batch
 
     def _require_open(self, batch: Batch) -> None:
+        if batch._cache is not self:
+            raise InvalidBatch("the batch belongs to another cache")
         closed = np.asarray(self._tree.nodes.writer)[batch._tails] != batch._serials
         if closed.any():
             raise SequenceClosed(f"sequence {int(closed.argmax())} of the batch is closed")
@@ -338,8 +347,8 @@ class PrefixCache:
                 f" {committed}..{total}"
             )
         self._tails.commit(tail, length)
-        if length == total:
-            self._prefilling.discard(tail)
+        if length >= self._prefilling.get(tail, length):
+            self._prefilling.pop(tail, None)
 
     def _fork(self, sequence: Sequence, count: int) -> list[Sequence]:
         tail = self._tail_of(sequence)
@@ -370,13 +379,15 @@ class PrefixCache:
         if target < self._tree.end(tail):
             self._tails.seal(tail)
             self._tails.move_up(tail, target)
-        if self._tree.end(tail) == target:
-            self._prefilling.discard(tail)
+        if tail in self._prefilling:
+            self._prefilling[tail] = min(target, self._prefilling[tail])
+            if self._tree.end(tail) >= self._prefilling[tail]:
+                del self._prefilling[tail]
 
     def _close(self, sequence: Sequence) -> None:
         tail = self._tail_of(sequence)
         self._tails.close(tail)
-        self._prefilling.discard(tail)
+        self._prefilling.pop(tail, None)
         del self._open[sequence._serial]
         self._counters.closes += 1
 

@@ -47,7 +47,7 @@ def build_forest(tree: RadixTree, tails: Int64s, kv_lens: Int64s, query_lens: In
     leaves = np.where(tail_lengths > 0, tails, parents[tails])
 
     index = np.full(len(parents), -1, np.int32)
-    levels = []
+    levels = [np.empty(0, np.int64)]
     level = leaves
     while len(level):
         index[level] = 0

@@ -25,11 +25,19 @@ class Tails:
         self._pins = pins
         self._serial = 0
 
-    def start(self, node: int) -> int:
-        """A new sequence that has the path to `node` pinned already. Returns its tail."""
+    def start(self, node: int, tokens: Int32s) -> int:
+        """A new sequence behind `node`, whose path it has pinned already; returns its tail.
+
+        `tokens`, uncommitted, are what it has beyond that path.
+        """
+        tree = self._tree
         self._serial += 1
-        tail = self._tree.add(node, writer=self._serial)
-        self._tree.nodes.pins[tail] = 1
+        tail = tree.add(node, writer=self._serial)
+        tree.nodes.pins[tail] = 1
+        if len(tokens):
+            needed = tree.blocks_for(tail, len(tokens))
+            tree.blocks.set(tail, self._pool.allocate(needed, after=self._last_block(tail)))
+            tree.tail_tokens.set(tail, tokens)
         return tail
 
     def length(self, tail: int) -> int:
@@ -148,7 +156,8 @@ class Tails:
         """Tails of `count` sequences that share all of this one, which is committed whole."""
         node = self.seal(tail)
         self._pins.pin(node, by=count)
-        return [self.start(node) for _ in range(count)]
+        nothing = np.empty(0, np.int32)
+        return [self.start(node, nothing) for _ in range(count)]
 
     def close(self, tail: int) -> None:
         """Ends the sequence: its committed tokens stay as an ordinary node, unpinned."""

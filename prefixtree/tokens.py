@@ -32,7 +32,9 @@ def as_tokens(tokens: TokensLike) -> Int32s:
         except (TypeError, ValueError):  # torch's bfloat16, ragged objects
             raise InvalidTokens(f"tokens must be integers, got {tokens!r:.60}") from None
         if values.ndim != 1:
-            raise InvalidTokens(f"tokens must be 1-d, got shape {values.shape}")
+            raise InvalidTokens(
+                f"tokens must be a 1-d run of integers, got {tokens!r:.60} of shape {values.shape}"
+            )
         if values.dtype.kind not in "iu":
             raise InvalidTokens(f"tokens must be integers, got {values.dtype} ({tokens!r:.60})")
     if len(values):

@@ -311,6 +311,7 @@ class RadixTree:
         self.blocks.clear(node)
         self.tail_tokens.clear(node)
         self.tokens[node] = b""
+        self.nodes.writer[node] = 0  # handles and batches see from it that a sequence has ended
         self.nodes.free(node)
 
     def _first_token(self, node: int) -> int:

@@ -73,7 +73,7 @@ class TreeView:
         of more than `max_children` children the most used are shown and the rest is counted.
         """
         lines = ["root"]
-        # (node, indentation of its line, of its children's lines); None stands for "N more".
+        # (node or text, indentation of its line, of the lines below it)
         waiting = _lines_below(self.root, "", max_children)[::-1]
         while waiting:
             node, head, indent = waiting.pop()
@@ -84,7 +84,7 @@ class TreeView:
             room = width - len(label)
             lines.append((label + _excerpt(node.tokens, decode, room)).rstrip())
             waiting.extend(_lines_below(node, indent, max_children)[::-1])
-        return "\\n".join(lines)
+        return "\n".join(lines)
 
 
 def _lines_below(
@@ -117,14 +117,14 @@ def _excerpt(tokens: tuple[int, ...], decode: Decode | None, room: int) -> str:
     if decode is None:
         text = " ".join(map(str, tokens[:room]))
         return text if len(text) <= room else text[: room - 1] + "…"
-    text = ascii_safe(decode(list(tokens)))
+    text = one_line(decode(list(tokens)))
     if len(text) > room - 2:
         half = (room - 3) // 2
         text = text[:half] + "…" + text[-half:]
     return f"'{text}'"
 
 
-def ascii_safe(text: str) -> str:
+def one_line(text: str) -> str:
     """Text on one line: control characters and line ends are shown escaped."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text

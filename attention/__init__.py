@@ -1,0 +1,23 @@
+"""Attention over a forest of shared KV: plan once a step, run once a layer."""
+
+from attention.algebra import IDENTITY, Partial, merge, scan
+from attention.errors import InvalidForest, PlanMismatch
+from attention.forest import Forest, ForestArrays
+from attention.plan import Plan, plan
+from attention.reference import attend
+from attention.running import run
+
+__all__ = [
+    "IDENTITY",
+    "Forest",
+    "ForestArrays",
+    "InvalidForest",
+    "Partial",
+    "Plan",
+    "PlanMismatch",
+    "attend",
+    "merge",
+    "plan",
+    "run",
+    "scan",
+]

@@ -1,0 +1,149 @@
+"""The nodes under a batch of sequences, as plain arrays: everything attention knows of a tree."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from attention.errors import InvalidForest
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+
+class ForestArrays(Protocol):
+    """What `attention.plan` and `attention.attend` read; `Forest` documents each field."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def parent(self) -> Int32Array: ...
+    @property
+    def start(self) -> Int64Array: ...
+    @property
+    def length(self) -> Int64Array: ...
+    @property
+    def offset(self) -> Int32Array: ...
+    @property
+    def block_ptr(self) -> Int64Array: ...
+    @property
+    def blocks(self) -> Int32Array: ...
+    @property
+    def leaf(self) -> Int32Array: ...
+    @property
+    def query_len(self) -> Int64Array: ...
+
+
+@dataclass(frozen=True)
+class Forest:
+    """N nodes and S sequences on them.
+
+    A sequence's KV are all tokens of its leaf and of the leaf's ancestors; its queries are its last
+    `query_len` positions and may reach back over several nodes. A query at position p sees the
+    positions <= p of its own path. Queries are packed everywhere in the order of the sequences,
+    positions ascending.
+
+    Attributes:
+        block_size: tokens a block holds, >= 1.
+        parent: int32 [N], index of each node's parent, -1 for a root; a parent stands before its
+            children.
+        start: int64 [N], position of the node's first token in its path.
+        length: int64 [N], tokens of the node, >= 1.
+        offset: int32 [N], offset of the node's first token in its first block, < block_size.
+        block_ptr: int64 [N + 1], node i lies in blocks[block_ptr[i]:block_ptr[i + 1]], of which
+            there are exactly ceil((offset + length) / block_size).
+        blocks: int32 [block_ptr[-1]], block ids. Two nodes may share a block (a split inside it).
+        leaf: int32 [S], deepest node of each sequence; need not be a leaf of the forest.
+        query_len: int64 [S], >= 1 and at most the length of the sequence's path.
+    """
+
+    block_size: int
+    parent: Int32Array
+    start: Int64Array
+    length: Int64Array
+    offset: Int32Array
+    block_ptr: Int64Array
+    blocks: Int32Array
+    leaf: Int32Array
+    query_len: Int64Array
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of all sequences together."""
+        return int(self.query_len.sum())
+
+    def validate(self, num_blocks: int | None = None) -> None:
+        """Raise InvalidForest for the first contradiction found; see `validate`."""
+        validate(self, num_blocks)
+
+
+def validate(forest: ForestArrays, num_blocks: int | None = None) -> None:
+    """Raise InvalidForest for the first contradiction in the forest's arrays; O(nodes + blocks).
+
+    Block ids are checked against `num_blocks` where it is given, and are never negative.
+    """
+    if forest.block_size < 1:
+        raise InvalidForest(f"block_size is {forest.block_size}, expected at least 1")
+    num_nodes, num_sequences = len(forest.parent), len(forest.leaf)
+    for name, size in (
+        ("start", num_nodes),
+        ("length", num_nodes),
+        ("offset", num_nodes),
+        ("block_ptr", num_nodes + 1),
+        ("query_len", num_sequences),
+    ):
+        _check_shape(name, getattr(forest, name), size)
+    _check_shape("parent", forest.parent, num_nodes)
+    _check_shape("leaf", forest.leaf, num_sequences)
+    if num_sequences == 0:
+        raise InvalidForest("leaf is empty, expected at least one sequence")
+
+    parent, start, length, offset = forest.parent, forest.start, forest.length, forest.offset
+    nodes = np.arange(num_nodes)
+    _check("parent", parent, (parent >= -1) & (parent < nodes), "-1 or an earlier node")
+    _check("length", length, length >= 1, "at least 1")
+    inside = (offset >= 0) & (offset < forest.block_size)
+    _check("offset", offset, inside, f"from 0 to below the block size {forest.block_size}")
+    end = start + length
+    expected_start = np.where(parent >= 0, end[parent], 0)
+    _check("start", start, start == expected_start, "the end of the parent, 0 for a root")
+
+    if forest.block_ptr[0] != 0:
+        raise InvalidForest(f"block_ptr[0] is {forest.block_ptr[0]}, expected 0")
+    counts = np.diff(forest.block_ptr)
+    expected_counts = -(-(offset + length) // forest.block_size)
+    if (counts != expected_counts).any():
+        first = int(np.argmax(counts != expected_counts))
+        raise InvalidForest(
+            f"node {first} has {counts[first]} blocks, expected {expected_counts[first]} "
+            f"for {length[first]} tokens from offset {offset[first]}"
+        )
+    _check_shape("blocks", forest.blocks, int(forest.block_ptr[-1]))
+    known = forest.blocks >= 0
+    if num_blocks is not None:
+        known &= forest.blocks < num_blocks
+    limit = "any id" if num_blocks is None else str(num_blocks)
+    _check("blocks", forest.blocks, known, f"from 0 to below {limit}")
+
+    leaf, query_len = forest.leaf, forest.query_len
+    _check("leaf", leaf, (leaf >= 0) & (leaf < num_nodes), f"a node, 0 to below {num_nodes}")
+    _check(
+        "query_len",
+        query_len,
+        (query_len >= 1) & (query_len <= end[leaf]),
+        "from 1 to the length of the sequence's path",
+    )
+
+
+def _check_shape(name: str, array: npt.NDArray[Any], size: int) -> None:
+    if array.shape != (size,):
+        raise InvalidForest(f"{name} has shape {array.shape}, expected ({size},)")
+    if array.dtype.kind != "i":
+        raise InvalidForest(f"{name} has dtype {array.dtype}, expected a signed integer")
+
+
+def _check(name: str, values: npt.NDArray[Any], good: npt.NDArray[np.bool_], expected: str) -> None:
+    if not good.all():
+        first = int(np.argmin(good))
+        raise InvalidForest(f"{name}[{first}] is {values[first]}, expected {expected}")

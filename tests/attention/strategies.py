@@ -1,0 +1,237 @@
+"""Ragged forests, and tensors for them, for tests of anything that attends."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from attention import Forest
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node to build: its parent's index, its tokens, and where its first block begins."""
+
+    parent: int
+    length: int
+    offset: int = 0
+    shares_block: bool = False  # begins in its parent's last block, right behind the parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that one run of attention is given, but for the tensors' values."""
+
+    forest: Forest
+    num_blocks: int
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    dtype: torch.dtype = torch.float32
+    layout: str = "NHD"
+    strides: str = "plain"
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+
+
+class Tensors(NamedTuple):
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+
+
+def build_forest(
+    block_size: int,
+    nodes: list[Node],
+    sequences: list[tuple[int, int]],
+    *,
+    shuffle: int | None = None,
+) -> tuple[Forest, int]:
+    """A valid forest of nodes and sequences (leaf, query_len), and the number of blocks it needs.
+
+    Blocks are handed out in the order of the nodes, or shuffled by the seed `shuffle`.
+    """
+    start: list[int] = []
+    offset: list[int] = []
+    blocks: list[list[int]] = []
+    num_blocks = 0
+    for node in nodes:
+        first, shared = node.offset % block_size, []
+        if node.parent >= 0:
+            start.append(start[node.parent] + nodes[node.parent].length)
+            parent_end = offset[node.parent] + nodes[node.parent].length
+            if node.shares_block and parent_end % block_size:
+                first, shared = parent_end % block_size, blocks[node.parent][-1:]
+        else:
+            start.append(0)
+        new = -(-(first + node.length) // block_size) - len(shared)
+        offset.append(first)
+        blocks.append(shared + list(range(num_blocks, num_blocks + new)))
+        num_blocks += new
+    num_blocks += 2  # some that nothing uses
+    ids = np.arange(num_blocks)
+    if shuffle is not None:
+        ids = np.random.default_rng(shuffle).permutation(num_blocks)
+    return (
+        Forest(
+            block_size=block_size,
+            parent=np.array([node.parent for node in nodes], np.int32),
+            start=np.array(start, np.int64),
+            length=np.array([node.length for node in nodes], np.int64),
+            offset=np.array(offset, np.int32),
+            block_ptr=np.cumsum([0, *map(len, blocks)], dtype=np.int64),
+            blocks=ids[np.concatenate(blocks)].astype(np.int32),
+            leaf=np.array([leaf for leaf, _ in sequences], np.int32),
+            query_len=np.array([query_len for _, query_len in sequences], np.int64),
+        ),
+        num_blocks,
+    )
+
+
+def level_forest(levels: list[list[int]], block_size: int = 16) -> tuple[Forest, int]:
+    """A tree given by the lengths of the nodes of each level, one decode query on each leaf.
+
+    Child j of a level of m nodes below a level of n has the parent j * n // m.
+    """
+    nodes: list[Node] = []
+    previous: list[int] = []
+    for lengths in levels:
+        level = []
+        for j, length in enumerate(lengths):
+            parent = previous[j * len(previous) // len(lengths)] if previous else -1
+            level.append(len(nodes))
+            nodes.append(Node(parent, length))
+        previous = level
+    return build_forest(block_size, nodes, [(leaf, 1) for leaf in previous])
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> tuple[Forest, int]:
+    """Forests ragged in every way, with decode, chunk and whole-path queries mixed."""
+    block_size = draw(st.integers(1, 32))
+    num_roots = draw(st.integers(1, 3))
+    num_nodes = draw(st.integers(num_roots, 14))
+    longest = draw(st.sampled_from((3, 20, 70)))
+    nodes = []
+    continued: set[int] = set()
+    for index in range(num_nodes):
+        parent = -1 if index < num_roots else draw(st.integers(0, index - 1))
+        shares_block = parent >= 0 and parent not in continued and draw(st.booleans())
+        if shares_block:
+            continued.add(parent)
+        nodes.append(
+            Node(
+                parent,
+                length=draw(st.integers(1, longest)),
+                offset=draw(st.sampled_from((0, 0, 1, 5))),
+                shares_block=shares_block,
+            )
+        )
+    forest, num_blocks = build_forest(
+        block_size,
+        nodes,
+        [(num_nodes - 1, 1)],
+        shuffle=draw(st.none() | st.integers(0, 99)),
+    )
+    path_len = forest.start + forest.length
+    sequences = []
+    for leaf in draw(st.lists(st.integers(0, num_nodes - 1), min_size=1, max_size=7)):
+        whole = int(path_len[leaf])
+        query_len = draw(st.just(1) | st.integers(1, min(whole, 40)) | st.just(whole))
+        sequences.append((leaf, query_len))
+    return with_sequences(forest, sequences), num_blocks
+
+
+def with_sequences(forest: Forest, sequences: list[tuple[int, int]]) -> Forest:
+    """The same nodes under other sequences (leaf, query_len)."""
+    return Forest(
+        **{
+            **vars(forest),
+            "leaf": np.array([leaf for leaf, _ in sequences], np.int32),
+            "query_len": np.array([query_len for _, query_len in sequences], np.int64),
+        }
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
+    """A forest and all that a run can be varied in."""
+    forest, num_blocks = draw(forests())
+    num_kv_heads = draw(st.sampled_from((1, 2)))
+    return Case(
+        forest,
+        num_blocks,
+        num_q_heads=num_kv_heads * draw(st.sampled_from((1, 3, 4, 8))),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from((32, 64, 80, 96, 128, 256))),
+        dtype=draw(st.sampled_from(dtypes)),
+        layout=draw(st.sampled_from(("NHD", "HND"))),
+        strides=draw(st.sampled_from(("plain", "interleaved", "padded", "other layout"))),
+        scale=draw(st.none() | st.sampled_from((0.02, 0.3))),
+        softcap=draw(st.none() | st.sampled_from((1.5, 30.0))),
+        window=draw(st.none() | st.sampled_from((1, 2, 9, 33, 100))),
+    )
+
+
+def tensors(case: Case, seed: int = 0) -> Tensors:
+    """Random q and caches for a case; every slot that no node owns holds NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(
+        case.forest.num_queries, case.num_q_heads, case.head_dim, generator=generator
+    ).to(case.dtype)
+    owned = owned_slots(case.forest, case.num_blocks)
+    caches = []
+    for _ in range(2):
+        cache = _empty_cache(case)
+        by_slot = cache if case.layout == "NHD" else cache.transpose(1, 2)
+        by_slot.copy_(torch.randn(by_slot.shape, generator=generator))
+        by_slot[~owned] = torch.nan
+        caches.append(cache)
+    return Tensors(q, *caches)
+
+
+def owned_slots(forest: Forest, num_blocks: int) -> torch.Tensor:
+    """bool [num_blocks, block_size]: which slots belong to a node."""
+    owned = torch.zeros(num_blocks * forest.block_size, dtype=torch.bool)
+    for node in range(len(forest.parent)):
+        owned[torch.from_numpy(node_slots(forest, node))] = True
+    return owned.view(num_blocks, forest.block_size)
+
+
+def node_slots(forest: Forest, node: int) -> np.ndarray:
+    """Slot of each token of a node."""
+    blocks = forest.blocks[forest.block_ptr[node] : forest.block_ptr[node + 1]].astype(np.int64)
+    place = int(forest.offset[node]) + np.arange(forest.length[node])
+    return blocks[place // forest.block_size] * forest.block_size + place % forest.block_size
+
+
+def path_slots(forest: Forest, leaf: int) -> np.ndarray:
+    """Slot of each token from the root to the end of a leaf."""
+    slots: list[np.ndarray] = []
+    while leaf >= 0:
+        slots.insert(0, node_slots(forest, leaf))
+        leaf = int(forest.parent[leaf])
+    return np.concatenate(slots)
+
+
+def _empty_cache(case: Case) -> torch.Tensor:
+    inner = (case.forest.block_size, case.num_kv_heads)
+    if case.layout == "HND":
+        inner = inner[::-1]
+    match case.strides:
+        case "plain":
+            return torch.empty(case.num_blocks, *inner, case.head_dim, dtype=case.dtype)
+        case "interleaved":
+            both = torch.empty(case.num_blocks, 2, *inner, case.head_dim, dtype=case.dtype)
+            return both[:, 1]
+        case "padded":
+            wide = torch.empty(case.num_blocks, *inner, case.head_dim + 8, dtype=case.dtype)
+            return wide[..., : case.head_dim]
+        case _:
+            other = torch.empty(case.num_blocks, *inner[::-1], case.head_dim, dtype=case.dtype)
+            return other.transpose(1, 2)

@@ -1,0 +1,179 @@
+"""Bad input: a named error that says the value and what was expected."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attention
+from attention import Forest, InvalidForest, PlanMismatch
+from tests.attention.strategies import Case, Node, Tensors, build_forest, tensors
+
+
+@pytest.fixture
+def forest() -> Forest:
+    nodes = [Node(-1, 6, offset=1), Node(0, 5, shares_block=True), Node(0, 3)]
+    return build_forest(4, nodes, [(1, 2), (2, 1)])[0]
+
+
+def changed(array: np.ndarray, index: int, value: int) -> np.ndarray:
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+BAD_FORESTS: dict[str, tuple[Callable[[Forest], dict[str, Any]], str]] = {
+    "a parent after its child": (
+        lambda f: {"parent": changed(f.parent, 1, 2)},
+        r"parent\[1\] is 2, expected -1 or an earlier node",
+    ),
+    "a cycle of one": (lambda f: {"parent": changed(f.parent, 0, 0)}, r"parent\[0\] is 0"),
+    "a parent below -1": (lambda f: {"parent": changed(f.parent, 2, -2)}, r"parent\[2\] is -2"),
+    "a start that is not the parent's end": (
+        lambda f: {"start": changed(f.start, 2, 5)},
+        r"start\[2\] is 5, expected the end of the parent",
+    ),
+    "a root that does not start at 0": (
+        lambda f: {"start": f.start + 1},
+        r"start\[0\] is 1, .* 0 for a root",
+    ),
+    "an empty node": (lambda f: {"length": changed(f.length, 0, 0)}, r"length\[0\] is 0"),
+    "an offset of a whole block": (
+        lambda f: {"offset": changed(f.offset, 1, 4)},
+        r"offset\[1\] is 4, expected from 0 to below the block size 4",
+    ),
+    "a negative offset": (lambda f: {"offset": changed(f.offset, 1, -1)}, r"offset\[1\] is -1"),
+    "a block too few": (
+        lambda f: {"block_ptr": changed(f.block_ptr, 1, 1)},
+        r"node 0 has 1 blocks, expected 2",
+    ),
+    "blocks that do not begin at 0": (
+        lambda f: {"block_ptr": changed(f.block_ptr, 0, 1)},
+        r"block_ptr\[0\] is 1, expected 0",
+    ),
+    "more blocks than block_ptr says": (
+        lambda f: {"blocks": np.append(f.blocks, np.int32(1))},
+        r"blocks has shape \(6,\), expected \(5,\)",
+    ),
+    "a negative block": (lambda f: {"blocks": changed(f.blocks, 2, -1)}, r"blocks\[2\] is -1"),
+    "a leaf that is no node": (lambda f: {"leaf": changed(f.leaf, 0, 3)}, r"leaf\[0\] is 3"),
+    "a negative leaf": (lambda f: {"leaf": changed(f.leaf, 1, -1)}, r"leaf\[1\] is -1"),
+    "no query": (lambda f: {"query_len": changed(f.query_len, 1, 0)}, r"query_len\[1\] is 0"),
+    "more queries than tokens": (
+        lambda f: {"query_len": changed(f.query_len, 1, 10)},
+        r"query_len\[1\] is 10, expected from 1 to the length of the sequence's path",
+    ),
+    "no sequence": (
+        lambda f: {"leaf": f.leaf[:0], "query_len": f.query_len[:0]},
+        "leaf is empty, expected at least one sequence",
+    ),
+    "arrays of different lengths": (
+        lambda f: {"length": f.length[:2]},
+        r"length has shape \(2,\), expected \(3,\)",
+    ),
+    "floating point": (
+        lambda f: {"start": f.start.astype(np.float64)},
+        "start has dtype float64, expected a signed integer",
+    ),
+    "no block size": (lambda f: {"block_size": 0}, "block_size is 0, expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FORESTS)
+def test_a_forest_that_contradicts_itself(forest: Forest, what: str) -> None:
+    change, message = BAD_FORESTS[what]
+    bad = replace(forest, **change(forest))
+    with pytest.raises(InvalidForest, match=message):
+        bad.validate()
+    with pytest.raises(InvalidForest, match=message):
+        plan_of(bad)
+
+
+def test_blocks_beyond_the_pool(forest: Forest) -> None:
+    highest = int(forest.blocks.max())
+    forest.validate(highest + 1)
+    with pytest.raises(InvalidForest, match=rf"is {highest}, expected from 0 to below {highest}"):
+        forest.validate(highest)
+
+
+def plan_of(forest: Forest, **arguments: Any) -> attention.Plan:
+    defaults = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 32, "dtype": torch.float32}
+    return attention.plan(forest, **{**defaults, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_q_heads": 5}, "num_q_heads is 5, expected a multiple of num_kv_heads, 2"),
+        ({"num_q_heads": 0}, "num_q_heads is 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0, expected at least 1"),
+        ({"head_dim": 0}, "head_dim is 0, expected at least 1"),
+        ({"dtype": torch.int32}, "dtype is torch.int32, expected torch.float64"),
+        ({"layout": "DHN"}, "layout is 'DHN', expected"),
+        ({"window": 0}, "window is 0, expected at least 1 or None"),
+    ],
+)
+def test_an_impossible_plan(forest: Forest, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanMismatch, match=message):
+        plan_of(forest, **arguments)
+
+
+BAD_TENSORS: dict[str, tuple[Callable[[Tensors], dict[str, Any]], str]] = {
+    "a query too many": (
+        lambda t: {"q": torch.cat([t.q, t.q[:1]])},
+        r"q has shape \(4, 4, 32\), expected \(3, 4, 32\)",
+    ),
+    "other query heads": (lambda t: {"q": t.q[:, :2]}, r"q has shape \(3, 2, 32\)"),
+    "another head_dim": (lambda t: {"q": t.q[..., :16]}, r"q has shape \(3, 4, 16\)"),
+    "keys of another head_dim": (
+        lambda t: {"k_cache": t.k_cache[..., :16]},
+        r"k_cache has shape \(7, 4, 2, 16\), expected at least 4 blocks of \(4, 2, 32\)",
+    ),
+    "the other layout": (
+        lambda t: {"v_cache": t.v_cache.transpose(1, 2)},
+        r"v_cache has shape \(7, 2, 4, 32\), expected .* \(4, 2, 32\) in the layout NHD",
+    ),
+    "another block size": (
+        lambda t: {"k_cache": t.k_cache[:, :2]},
+        r"k_cache has shape \(7, 2, 2, 32\)",
+    ),
+    "too few blocks": (
+        lambda t: {"v_cache": t.v_cache[:3]},
+        r"v_cache has shape \(3, 4, 2, 32\), expected at least 4 blocks",
+    ),
+    "a dimension too few": (lambda t: {"v_cache": t.v_cache[0]}, r"v_cache has shape"),
+    "another dtype of q": (
+        lambda t: {"q": t.q.double()},
+        "q has dtype torch.float64, expected torch.float32",
+    ),
+    "another dtype of the cache": (
+        lambda t: {"v_cache": t.v_cache.bfloat16()},
+        "v_cache has dtype torch.bfloat16, expected torch.float32",
+    ),
+    "another device": (
+        lambda t: {"k_cache": t.k_cache.to("meta")},
+        "k_cache is on meta, expected cpu",
+    ),
+    "a last dimension with a stride": (
+        lambda t: {"k_cache": t.k_cache.repeat_interleave(2, -1)[..., ::2]},
+        "k_cache has stride 2 in its last dimension, expected 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TENSORS)
+def test_tensors_the_plan_was_not_made_for(forest: Forest, what: str) -> None:
+    given = tensors(Case(forest, num_blocks=7))
+    change, message = BAD_TENSORS[what]
+    with pytest.raises(PlanMismatch, match=message):
+        attention.run(plan_of(forest), *given._replace(**change(given)))
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0, float("nan")])
+def test_a_softcap_that_caps_nothing(forest: Forest, softcap: float) -> None:
+    given = tensors(Case(forest, num_blocks=7))
+    with pytest.raises(PlanMismatch, match="softcap is .*, expected a positive number or None"):
+        attention.run(plan_of(forest), *given, softcap=softcap)

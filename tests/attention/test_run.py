@@ -1,0 +1,281 @@
+"""Running a plan: right against float64, and the same however the forest is written down."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attention
+from attention import Forest, Plan
+from tests.attention.strategies import (
+    Case,
+    Node,
+    Tensors,
+    build_forest,
+    cases,
+    forests,
+    level_forest,
+    path_slots,
+    tensors,
+)
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
+
+
+def plan_of(case: Case, device: str = "cpu") -> Plan:
+    return attention.plan(
+        case.forest,
+        num_q_heads=case.num_q_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        dtype=case.dtype,
+        device=device,
+        layout=case.layout,
+        window=case.window,
+    )
+
+
+def run(case: Case, given: Tensors, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    return attention.run(
+        plan_of(case, device),
+        given.q.to(device),
+        given.k_cache.to(device),
+        given.v_cache.to(device),
+        scale=case.scale,
+        softcap=case.softcap,
+    )
+
+
+def attend(case: Case, given: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    return attention.attend(
+        case.forest,
+        given.q,
+        given.k_cache,
+        given.v_cache,
+        layout=case.layout,
+        scale=case.scale,
+        softcap=case.softcap,
+        window=case.window,
+    )
+
+
+def flat(case: Case, given: Tensors) -> torch.Tensor:
+    """The same attention sequence by sequence on gathered KV, as an engine without a tree does."""
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    outs = []
+    first = 0
+    for leaf, query_len in zip(case.forest.leaf, case.forest.query_len, strict=True):
+        slots = torch.from_numpy(path_slots(case.forest, int(leaf)))
+        k, v = (_by_slot(case, cache)[slots].transpose(0, 1) for cache in given[1:])
+        q = given.q[first : first + query_len].transpose(0, 1)
+        first += int(query_len)
+        behind = torch.arange(len(slots) - int(query_len), len(slots))[:, None] - torch.arange(
+            len(slots)
+        )
+        seen = behind >= 0
+        if case.window is not None:
+            seen &= behind < case.window
+        if case.softcap is None:
+            out = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=seen, scale=scale, enable_gqa=True
+            )[0]
+        else:
+            group = case.num_q_heads // case.num_kv_heads
+            k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+            logits = case.softcap * torch.tanh(q @ k.transpose(1, 2) * scale / case.softcap)
+            wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+            weights = torch.softmax(logits.to(wide).masked_fill(~seen, -torch.inf), dim=-1)
+            out = weights.to(case.dtype) @ v
+        outs.append(out.transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _by_slot(case: Case, cache: torch.Tensor) -> torch.Tensor:
+    cache = cache if case.layout == "NHD" else cache.transpose(1, 2)
+    return cache.flatten(0, 1)
+
+
+def assert_as_good_as_flat(case: Case, given: Tensors, device: str = "cpu") -> None:
+    """Errors against float64 at most twice those of flat attention in the same dtype.
+
+    On top of that comes what flat attention has no counterpart for: a partial is rounded to the
+    dtype once before it is merged, by half a unit in the last place of at most the largest value.
+    The weights of a merge sum to one, so the result is off by no more than that. A merge has five
+    roundings of its own in the precision of the partials, each as small: four units cover them.
+    """
+    expected, expected_lse = attend(case, given)
+    out, lse = run(case, given, device)
+    assert out.dtype == case.dtype
+    assert out.shape == expected.shape
+    assert not out.isnan().any()
+    largest = given.v_cache.nan_to_num().abs().max().item()
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    rounding = torch.finfo(case.dtype).eps / 2 + 4 * torch.finfo(wide).eps
+    error = (out.cpu().double() - expected).abs().max().item()
+    flat_error = (flat(case, given).double() - expected).abs().max().item()
+    assert error <= 2 * flat_error + rounding * largest
+    assert lse.dtype == wide
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=0, atol=1e-4)
+
+
+@given(cases())
+def test_as_good_as_flat_attention_against_float64(case: Case) -> None:
+    assert_as_good_as_flat(case, tensors(case))
+
+
+@given(cases())
+def test_the_same_bits_on_every_run(case: Case) -> None:
+    given = tensors(case)
+    first, second = run(case, given), run(case, given)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@given(cases(dtypes=(torch.float32,)), st.integers(0, 99))
+def test_the_order_of_siblings_and_sequences_does_not_matter(case: Case, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    nodes = _parents_first(case.forest, rng)
+    sequences = rng.permutation(len(case.forest.leaf))
+    place = np.concatenate([[0], np.cumsum(case.forest.query_len)])
+    queries = np.concatenate([np.arange(place[s], place[s + 1]) for s in sequences])
+    given = tensors(case)
+    out, lse = run(case, given)
+    other = Case(**{**vars(case), "forest": _reordered(case.forest, nodes, sequences)})
+    other_out, other_lse = run(other, given._replace(q=given.q[queries]))
+    # Other places in the batch mean other padding and other tiles, so other roundings: two results
+    # that are each within the error of flat attention, which float64 tests bound.
+    torch.testing.assert_close(other_out, out[queries], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(other_lse, lse[queries], rtol=1e-5, atol=2e-5)
+
+
+def _parents_first(forest: Forest, rng: np.random.Generator) -> list[int]:
+    """The nodes in a random order in which parents stand before their children."""
+    order: list[int] = []
+    ready = [node for node, parent in enumerate(forest.parent) if parent < 0]
+    while ready:
+        node = ready.pop(rng.integers(len(ready)))
+        order.append(node)
+        ready += [child for child, parent in enumerate(forest.parent) if parent == node]
+    return order
+
+
+def _reordered(forest: Forest, nodes: list[int], sequences: np.ndarray) -> Forest:
+    new_place = np.empty(len(nodes), np.int64)
+    new_place[nodes] = np.arange(len(nodes))
+    parent = forest.parent[nodes]
+    blocks = np.split(forest.blocks, forest.block_ptr[1:-1])
+    return Forest(
+        block_size=forest.block_size,
+        parent=np.where(parent < 0, -1, new_place[parent]).astype(np.int32),
+        start=forest.start[nodes],
+        length=forest.length[nodes],
+        offset=forest.offset[nodes],
+        block_ptr=np.cumsum([0, *(len(blocks[node]) for node in nodes)], dtype=np.int64),
+        blocks=np.concatenate([blocks[node] for node in nodes]),
+        leaf=new_place[forest.leaf[sequences]].astype(np.int32),
+        query_len=forest.query_len[sequences],
+    )
+
+
+@given(forests(), st.sampled_from((None, 1, 20)), st.sampled_from((None, 5.0)))
+def test_values_of_another_width_than_keys(
+    forest: tuple[Forest, int], window: int | None, softcap: float | None
+) -> None:
+    case = Case(*forest, head_dim=48, window=window, softcap=softcap)
+    given = tensors(case)
+    given = given._replace(v_cache=given.v_cache[..., :32])
+    out, lse = run(case, given)
+    expected, expected_lse = attend(case, given)
+    # Values up to 5 and some hundred roundings of 6e-8 on the longest paths.
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [[7, 7], [9, 10, 11, 4], [129, 2, 3, 4, 5, 6, 7, 128]],
+        [[16384], [1, 128, 256]],
+    ],
+)
+def test_the_ragged_trees_of_hydragen(
+    levels: list[list[int]], dtype: torch.dtype, device: str
+) -> None:
+    case = Case(*level_forest(levels), num_q_heads=8, head_dim=64, dtype=dtype)
+    assert_as_good_as_flat(case, tensors(case), device)
+
+
+# Shapes beyond what random forests reach: each is larger than one of the sizes at which work is cut.
+LARGE = {
+    "a prompt of several tiles": ([Node(-1, 700)], [(0, 700)]),
+    "a chunk behind a cached prefix, beside decodes": (
+        [Node(-1, 600), Node(0, 300), Node(0, 5), Node(0, 9)],
+        [(2, 1), (1, 280), (3, 1), (3, 2)],
+    ),
+    "a whole path over several nodes beside a decode": (
+        [Node(-1, 300), Node(0, 290, shares_block=True), Node(0, 40), Node(1, 30)],
+        [(3, 620), (2, 1), (3, 400), (1, 20)],
+    ),
+    "a prefix longer than one gather": ([Node(-1, 9000), Node(0, 3)], [(1, 1), (1, 3), (0, 1)]),
+    "more queries on a node than one call takes": (
+        [Node(-1, 40)] + [Node(0, 1 + i % 5) for i in range(1200)],
+        [(1 + i, 1) for i in range(1200)],
+    ),
+    "decodes of very different lengths": (
+        [Node(-1, 2000), *(Node(0, 1 + 37 * i) for i in range(30))],
+        [(1 + i, 1) for i in range(30)],
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("softcap", "shuffle"), [(None, None), (4.0, 1)])
+@pytest.mark.parametrize("window", [None, 50, 600])
+@pytest.mark.parametrize("shape", LARGE)
+def test_shapes_at_which_work_is_cut(
+    shape: str, window: int | None, softcap: float | None, shuffle: int | None, device: str
+) -> None:
+    forest, num_blocks = build_forest(16, *LARGE[shape], shuffle=shuffle)
+    case = Case(forest, num_blocks, num_q_heads=2, num_kv_heads=1, window=window, softcap=softcap)
+    assert_as_good_as_flat(case, tensors(case), device)
+
+
+def test_a_long_node_is_read_in_place_with_every_kind_of_softmax() -> None:
+    # Contiguous and large enough not to be gathered, and longer than the tile of the unfused path.
+    forest, num_blocks = build_forest(16, [Node(-1, 10_000), Node(0, 3)], [(1, 1), (1, 1), (0, 1)])
+    for strides in ("plain", "interleaved"):
+        for softcap in (None, 5.0):
+            case = Case(forest, num_blocks, head_dim=64, strides=strides, softcap=softcap)
+            assert_as_good_as_flat(case, tensors(case))
+
+
+def test_a_query_that_is_a_slice_of_a_wider_tensor() -> None:
+    case = Case(*level_forest([[20], [3, 4]]))
+    given = tensors(case)
+    wide = torch.cat([given.q, torch.full_like(given.q, torch.nan)], dim=1)
+    sliced = given._replace(q=wide[:, : case.num_q_heads])
+    assert torch.equal(run(case, sliced)[0], run(case, given)[0])
+
+
+def test_bfloat16_is_accumulated_in_float32() -> None:
+    # 4,096 equal keys: each weight is 2**-12. In bfloat16 the sum would stop growing at 2**-4.
+    case = Case(*level_forest([[4096]]), dtype=torch.bfloat16)
+    given = tensors(case)
+    given.k_cache.zero_()
+    given.v_cache.fill_(1.0)
+    out, lse = run(case, given)
+    assert torch.equal(out, torch.ones_like(out))
+    torch.testing.assert_close(lse, torch.full_like(lse, float(np.log(4096))), rtol=0, atol=1e-4)
+
+
+def test_a_thousand_ragged_tails_are_a_handful_of_calls() -> None:
+    lengths = (1 + np.random.default_rng(0).integers(0, 64, 1024)).tolist()
+    forest, num_blocks = level_forest([[100], lengths])
+    case = Case(forest, num_blocks, num_q_heads=8, head_dim=64, dtype=torch.bfloat16)
+    assert len(plan_of(case).groups) <= 10
+    assert_as_good_as_flat(case, tensors(case))

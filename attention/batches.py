@@ -13,6 +13,11 @@ KV_TILE = 4096
 MAX_QUERIES = 1024
 # From this size on, consecutive slots are read in place: a call costs less than the copy.
 IN_PLACE_BYTES = 512 << 10
+# The fused CPU kernel takes up to twice as long on a number of tokens not a multiple of this, if
+# that is below its own block of KV, and that tells where there are many queries.
+KV_STEP = 16
+KV_BLOCK = 512
+FEW_QUERIES = 16
 # A call costs about as much as to gather and attend to this much padding.
 CALL_BYTES = 512 << 10
 CALL_FLOPS = 16 << 20
@@ -25,7 +30,7 @@ class Batches(NamedTuple):
         items: the items, those of a batch side by side.
         in_place: bool [I], the item's slots are consecutive and to be read where they lie.
         begin, size: int64 [B], first item of each batch and how many there are.
-        queries, tokens: int64 [B], the most that an item of the batch has.
+        queries, tokens: int64 [B], what its items are padded to: at least the most that one has.
     """
 
     items: WorkItems
@@ -77,26 +82,31 @@ def make_batches(
     limit = np.minimum(GATHER_BYTES // np.maximum(tokens * token_bytes, 1), MAX_QUERIES // queries)
     calls = cut(count, np.maximum(limit, 1))
     begin = first[calls.source] + calls.begin
+    tokens = np.maximum.reduceat(items.kv_len, begin)
+    rounded = _round_up(tokens, KV_STEP)
+    worthwhile = ~in_place[begin] & (rounded - tokens <= tokens >> 3)
     return Batches(
         items=items,
         in_place=in_place,
         begin=begin,
         size=calls.size,
         queries=np.maximum.reduceat(num_queries, begin),
-        tokens=np.maximum.reduceat(items.kv_len, begin),
+        tokens=np.where(worthwhile, rounded, tokens),
     )
 
 
 def _in_place(forest: ForestArrays, items: WorkItems, token_bytes: int) -> BoolArray:
     """Items worth reading in place: unmasked, large, and in consecutive blocks."""
-    large = ~items.masked & (items.kv_len * token_bytes >= IN_PLACE_BYTES)
+    tokens = items.kv_len
+    large = ~items.masked & (tokens * token_bytes >= IN_PLACE_BYTES)
     if not large.any():
         return large
+    slow = (tokens % KV_STEP > 0) & (tokens < KV_BLOCK) & (items.num_queries > FEW_QUERIES)
     breaks = np.flatnonzero(forest.blocks[1:] != forest.blocks[:-1] + 1) + 1
     # A break at a node's first block lies between another node and it.
     first = np.searchsorted(breaks, forest.block_ptr[:-1], side="right")
     contiguous: BoolArray = first == np.searchsorted(breaks, forest.block_ptr[1:], side="left")
-    return large & contiguous[items.node]
+    return large & ~slow & contiguous[items.node]
 
 
 def _bounded(items: WorkItems, in_place: BoolArray) -> tuple[WorkItems, BoolArray]:
@@ -131,7 +141,7 @@ def _shape_key(items: WorkItems, in_place: BoolArray) -> Int64Array:
     octave = _octave(num_queries)
     query_step = np.where(num_queries > 64, octave >> 2, octave)
     tokens = np.where(in_place, 0, items.kv_len)
-    token_step = np.maximum(_octave(tokens) >> 2, 16)
+    token_step = np.maximum(_octave(tokens) >> 2, KV_STEP)
     key = items.round * 4 + 2 * items.masked + in_place
     key = (key << _QUERY_BITS) + _round_up(num_queries, query_step)
     key = (key << _KV_BITS) + _round_up(tokens, token_step)
@@ -145,6 +155,6 @@ def _octave(size: Int64Array) -> Int64Array:
     return octave
 
 
-def _round_up(size: Int64Array, step: Int64Array) -> Int64Array:
+def _round_up(size: Int64Array, step: int | Int64Array) -> Int64Array:
     rounded: Int64Array = -(-size // step) * step
     return rounded

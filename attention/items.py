@@ -1,9 +1,9 @@
 """Work items: pieces of nodes with the range of queries that attend to them.
 
 A node that all its queries see whole is one item without a mask. Where causality or a window hides
-a part of it from some of them, its queries are cut into tiles, and for each tile the node falls into
-up to three pieces: one that every query of the tile sees whole, and one before and one behind it of
-which each query sees a part. Only those two need a mask.
+a part of it from some of them, its queries are cut into tiles, and for each tile the node falls
+into up to three pieces: one that every query of the tile sees whole, and one before and one behind
+it of which each query sees a part. Only those two need a mask.
 """
 
 from typing import NamedTuple
@@ -69,20 +69,22 @@ def work_items(forest: ForestArrays, order: QueryOrder, window: int | None) -> W
     """
     node = np.flatnonzero(order.end > order.begin)
     begin, end = order.begin[node], order.end[node]
-    low, high = _extremes(order.position, begin, end)
-    start, length = forest.start[node], forest.length[node]
-    seen_whole = start + length <= low + 1
-    if window is not None:
-        seen_whole &= high - window < start
     whole = WorkItems(
         node=node,
         kv_begin=np.zeros_like(node),
-        kv_len=length,
+        kv_len=forest.length[node],
         query_begin=begin,
         query_end=end,
         masked=np.zeros(len(node), np.bool_),
         round=order.depth[node] * _PARTS,
     )
+    # A query on its sequence's last token sees all before it.
+    if window is None and len(order.position) == len(order.sequence_end):
+        return whole
+    low, high = _extremes(order.position, begin, end)
+    seen_whole = forest.start[node] + forest.length[node] <= low + 1
+    if window is not None:
+        seen_whole &= high - window < forest.start[node]
     if seen_whole.all():
         return whole
     pieces = _pieces(forest, order, node[~seen_whole], window)
@@ -122,6 +124,8 @@ def _pieces(
     small = (query_end - query_begin) * (last - first) <= SMALL_MASK
     in_one = seen_whole | small | (inner >= outer)
     split = ~in_one
+    # The first query's own token is left to the masked piece: pieces then end where tiles do.
+    outer = np.minimum(low, stop)
     begin, end = np.stack((first, first, inner, outer)), np.stack((last, inner, outer, last))
     part, tile = np.nonzero(np.stack((in_one, split, split, split)) & (begin < end))
     kv_begin, kv_end = begin[part, tile], end[part, tile]
@@ -164,10 +168,15 @@ def _extremes(
     position: Int64Array, begin: Int64Array, end: Int64Array
 ) -> tuple[Int64Array, Int64Array]:
     """Lowest and highest position in each (non-empty) range of queries."""
-    bounds = np.column_stack((begin, end)).ravel()
-    # reduceat takes no index at the end of its array.
+    # reduceat also reduces from the end of each range to the begin of the next: in this order,
+    # all those gaps together are no longer than the array. It takes no index at the array's end.
+    by_begin = np.argsort(begin, kind="stable")
+    bounds = np.column_stack((begin[by_begin], end[by_begin])).ravel()
     padded = np.append(position, position[-1])
-    return np.minimum.reduceat(padded, bounds)[::2], np.maximum.reduceat(padded, bounds)[::2]
+    low, high = np.empty_like(begin), np.empty_like(begin)
+    low[by_begin] = np.minimum.reduceat(padded, bounds)[::2]
+    high[by_begin] = np.maximum.reduceat(padded, bounds)[::2]
+    return low, high
 
 
 def expand(counts: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -186,9 +195,8 @@ class Cut(NamedTuple):
 
 
 def cut(length: Int64Array, limit: int | Int64Array) -> Cut:
-    """Cut each length into the fewest pieces within the limit, of nearly equal size."""
-    pieces = -(-length // limit)
-    index, ordinal = expand(pieces)
-    of, parts = length[index], pieces[index]
-    begin = ordinal * of // parts
-    return Cut(index, ordinal, begin, (ordinal + 1) * of // parts - begin)
+    """Cut each length into pieces of the size of its limit, the last one of what remains."""
+    source, ordinal = expand(-(-length // limit))
+    limit = np.broadcast_to(limit, length.shape)[source]
+    begin = ordinal * limit
+    return Cut(source, ordinal, begin, np.minimum(limit, length[source] - begin))

@@ -26,8 +26,10 @@ class Plan:
         min_num_blocks: blocks the caches must have: the highest block id + 1.
         order: the depth-first order of the queries.
         items: the work items, for any backend.
-        kv_tokens_read: KV tokens some query sees, each once however many sequences share it.
-        kv_tokens_per_path: KV tokens seen by each sequence alone, summed over the sequences.
+        kv_tokens_read: KV tokens from the first to the last that any query sees of a node, summed
+            over the nodes: each once, however many sequences share it.
+        kv_tokens_per_path: KV tokens that the queries of each sequence see, summed over the
+            sequences: what is read where nothing is shared.
     """
 
     num_queries: int
@@ -74,11 +76,13 @@ def plan(
         InvalidForest: the forest's arrays contradict each other.
         PlanMismatch: an argument is outside what is said above.
 
-    Host work in O(nodes log depth + blocks + queries of all items), without a loop over any of them.
+    Host work in O(nodes log nodes + blocks + queries of all work items), vectorised: Python loops
+    over levels and batched calls only.
     """
     validate(forest)
     _check_arguments(num_q_heads, num_kv_heads, head_dim, dtype, layout, window)
-    device = torch.device(device)
+    # "cuda" is the current one of them, and so are tensors made there.
+    device = torch.empty(0, device=device).device
     order = depth_first(forest)
     items = work_items(forest, order, window)
     identity = bool((order.packed[1:] > order.packed[:-1]).all())

@@ -1,4 +1,4 @@
-"""Attention over a forest in float64, one query at a time: what every other path is held against."""
+"""Attention over a forest in float64, one query at a time: what all other paths are held to."""
 
 import torch
 

@@ -7,6 +7,7 @@ from attention.plan import Plan
 from attention.torch_backend import execute
 
 
+@torch.no_grad()
 def run(
     plan: Plan,
     q: torch.Tensor,
@@ -34,7 +35,8 @@ def run(
     Raises:
         PlanMismatch: a tensor is not of the shape, dtype, device or layout of the plan.
 
-    The same tensors give the same bits on every run.
+    The same tensors give the same bits on every run. Not differentiable: the results carry no
+    gradient.
     """
     _check(plan, q, k_cache, v_cache, softcap)
     scale = plan.head_dim**-0.5 if scale is None else scale
@@ -56,12 +58,13 @@ def _check(
         inner = inner[::-1]
     for name, cache, head_dim in (
         ("k_cache", k_cache, plan.head_dim),
-        ("v_cache", v_cache, v_cache.shape[-1]),
+        ("v_cache", v_cache, v_cache.shape[-1] if v_cache.dim() else 0),
     ):
-        if cache.shape[1:] != (*inner, head_dim) or cache.shape[0] < plan.min_num_blocks:
+        block = (*inner, head_dim)
+        if cache.shape[1:] != block or cache.shape[0] < plan.min_num_blocks:
             raise PlanMismatch(
                 f"{name} has shape {tuple(cache.shape)}, expected at least {plan.min_num_blocks} "
-                f"blocks of {(*inner, head_dim)} in the layout {plan.layout}"
+                f"blocks of {block} in the layout {plan.layout}"
             )
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dtype != plan.dtype:

@@ -25,8 +25,10 @@ from prefixtree.engines.errors import InvalidLogits, InvalidSampling
 # A row of a batch as the sampler sees it.
 STREAM = np.dtype([("key", "u8"), ("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8")])
 
-# float64 copies of the logits are made for so many of them at a time, to bound the memory.
-_CHUNK = 1 << 24
+# The float64 work is done on so many logits at a time: what a cache holds on a CPU; elsewhere a
+# bound on the memory.
+_CHUNK = {"cpu": 1 << 20}
+_LARGE_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +124,12 @@ def sample(
         vocab = logits.shape[1]
         truncated = (streams["top_p"] < 1) | ((streams["top_k"] > 0) & (streams["top_k"] < vocab))
         u = uniforms(streams["key"], positions)
+        step = max(1, _CHUNK.get(logits.device.type, _LARGE_CHUNK) // vocab)
         # The order of the sum is part of the result, so what a row goes through depends on its own
         # parameters alone.
         for draw, chosen in ((_draw, drawn & ~truncated), (_draw_truncated, drawn & truncated)):
             rows = np.flatnonzero(chosen)
-            for first in range(0, len(rows), step := max(1, _CHUNK // vocab)):
+            for first in range(0, len(rows), step):
                 some = rows[first : first + step]
                 at = torch.from_numpy(some).to(logits.device)
                 tokens[at] = draw(logits[at], streams[some], u[some])

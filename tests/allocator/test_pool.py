@@ -159,12 +159,6 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.refs.tolist() == list(self.counts.values())
         assert self.pool.num_free == len(self.free())
 
-    def teardown(self) -> None:
-        if hasattr(self, "pool"):
-            self.pool.release(self.references())
-            assert self.pool.num_free == self.pool.num_blocks
-            self.pool.check()
-
 
 TestPoolMachine = PoolMachine.TestCase
 

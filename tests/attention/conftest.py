@@ -1,4 +1,4 @@
-"""One thread: these tensors are too small to be worth waking more, least of all beside other tests."""
+"""One thread: these tensors are too small to be worth waking more."""
 
 import torch
 

@@ -144,7 +144,8 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], dict[str, Any]], str]] = {
         lambda t: {"v_cache": t.v_cache[:3]},
         r"v_cache has shape \(3, 4, 2, 32\), expected at least 4 blocks",
     ),
-    "a dimension too few": (lambda t: {"v_cache": t.v_cache[0]}, r"v_cache has shape"),
+    "a dimension too few": (lambda t: {"v_cache": t.v_cache[0]}, "v_cache has shape"),
+    "no dimension": (lambda t: {"v_cache": torch.tensor(0.0)}, r"v_cache has shape \(\)"),
     "another dtype of q": (
         lambda t: {"q": t.q.double()},
         "q has dtype torch.float64, expected torch.float32",
@@ -175,5 +176,5 @@ def test_tensors_the_plan_was_not_made_for(forest: Forest, what: str) -> None:
 @pytest.mark.parametrize("softcap", [0.0, -1.0, float("nan")])
 def test_a_softcap_that_caps_nothing(forest: Forest, softcap: float) -> None:
     given = tensors(Case(forest, num_blocks=7))
-    with pytest.raises(PlanMismatch, match="softcap is .*, expected a positive number or None"):
+    with pytest.raises(PlanMismatch, match=r"softcap is .*, expected a positive number or None"):
         attention.run(plan_of(forest), *given, softcap=softcap)

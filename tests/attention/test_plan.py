@@ -1,4 +1,4 @@
-"""The plan, apart from any arithmetic: its items cover what queries see, once, and say what it costs."""
+"""The plan, apart from any arithmetic: its items cover what queries see, once."""
 
 import numpy as np
 import pytest

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attention
@@ -121,6 +121,7 @@ def assert_as_good_as_flat(case: Case, given: Tensors, device: str = "cpu") -> N
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=0, atol=1e-4)
 
 
+@settings(max_examples=4 * settings().max_examples)
 @given(cases())
 def test_as_good_as_flat_attention_against_float64(case: Case) -> None:
     assert_as_good_as_flat(case, tensors(case))
@@ -210,7 +211,7 @@ def test_the_ragged_trees_of_hydragen(
     assert_as_good_as_flat(case, tensors(case), device)
 
 
-# Shapes beyond what random forests reach: each is larger than one of the sizes at which work is cut.
+# Shapes beyond what random forests reach: each exceeds one of the sizes at which work is cut.
 LARGE = {
     "a prompt of several tiles": ([Node(-1, 700)], [(0, 700)]),
     "a chunk behind a cached prefix, beside decodes": (

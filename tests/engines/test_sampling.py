@@ -142,7 +142,7 @@ def test_a_row_does_not_depend_on_its_batch(monkeypatch):
     order = np.random.default_rng(0).permutation(40)
     shuffled = sample(logits[torch.from_numpy(order)], table[order], positions[order])
     assert shuffled.tolist() == together[order].tolist()
-    monkeypatch.setattr("prefixtree.engines.sampling._CHUNK", 3 * VOCAB)
+    monkeypatch.setattr("prefixtree.engines.sampling._CHUNK", {"cpu": 3 * VOCAB})
     assert sample(logits, table, positions).tolist() == together.tolist()
 
 

@@ -44,7 +44,6 @@ class Scheduler:
         self.prefilling: list[Prefill] = []
         self.waiting: deque[Continuation] = deque()
         self.preemptions = 0
-        self._lost: list[Continuation] = []
         self._cache = cache
         self._capacity = cache.num_blocks * cache.block_size
         self._max_batch_tokens = max_batch_tokens

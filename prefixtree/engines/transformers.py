@@ -106,7 +106,7 @@ class PagedModel:
         Returns logits [L, vocabulary] in the model's dtype, on its device, without gradient.
 
         Raises ModelClosed; InvalidStep, before anything was written, for arrays of unequal length
-        and for tokens, slots or rows out of range; what `attention.plan` raises for the forest.
+        and for tokens, slots or rows out of range; `InvalidForest` for a forest that is none.
         """
         if not self._is_open:
             raise ModelClosed("forward() after close()")

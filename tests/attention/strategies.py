@@ -1,5 +1,6 @@
 """Ragged forests, and tensors for them, for tests of anything that attends."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from attention import Forest
 
+STRIDES = ("plain", "interleaved", "padded heads", "padded blocks", "other layout")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -110,6 +112,29 @@ def level_forest(levels: list[list[int]], block_size: int = 16) -> tuple[Forest,
     return build_forest(block_size, nodes, [(leaf, 1) for leaf in previous])
 
 
+# Shapes beyond what random forests reach: each exceeds one of the sizes at which work is cut.
+LARGE = {
+    "a prompt of many tiles": ([Node(-1, 1100)], [(0, 1100)]),
+    "a chunk behind a cached prefix, beside decodes": (
+        [Node(-1, 600), Node(0, 300), Node(0, 5), Node(0, 9)],
+        [(2, 1), (1, 280), (3, 1), (3, 2)],
+    ),
+    "a whole path over several nodes beside a decode": (
+        [Node(-1, 300), Node(0, 290, shares_block=True), Node(0, 40), Node(1, 30)],
+        [(3, 620), (2, 1), (3, 400), (1, 20)],
+    ),
+    "a prefix longer than one gather": ([Node(-1, 9000), Node(0, 3)], [(1, 1), (1, 3), (0, 1)]),
+    "more queries on a node than one call takes": (
+        [Node(-1, 40)] + [Node(0, 1 + i % 5) for i in range(1200)],
+        [(1 + i, 1) for i in range(1200)],
+    ),
+    "decodes of very different lengths": (
+        [Node(-1, 2000), *(Node(0, 1 + 37 * i) for i in range(30))],
+        [(1 + i, 1) for i in range(30)],
+    ),
+}
+
+
 @st.composite
 def forests(draw: st.DrawFn) -> tuple[Forest, int]:
     """Forests ragged in every way, with decode, chunk and whole-path queries mixed."""
@@ -171,7 +196,7 @@ def cases(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
         head_dim=draw(st.sampled_from((32, 64, 80, 96, 128, 256))),
         dtype=draw(st.sampled_from(dtypes)),
         layout=draw(st.sampled_from(("NHD", "HND"))),
-        strides=draw(st.sampled_from(("plain", "interleaved", "padded", "other layout"))),
+        strides=draw(st.sampled_from(STRIDES)),
         scale=draw(st.none() | st.sampled_from((0.02, 0.3))),
         softcap=draw(st.none() | st.sampled_from((1.5, 30.0))),
         window=draw(st.none() | st.sampled_from((1, 2, 9, 33, 100))),
@@ -229,7 +254,11 @@ def _empty_cache(case: Case) -> torch.Tensor:
         case "interleaved":
             both = torch.empty(case.num_blocks, 2, *inner, case.head_dim, dtype=case.dtype)
             return both[:, 1]
-        case "padded":
+        case "padded blocks":
+            size = math.prod(inner) * case.head_dim
+            wide = torch.empty(case.num_blocks, size + 8, dtype=case.dtype)
+            return wide[:, :size].unflatten(1, (*inner, case.head_dim))
+        case "padded heads":
             wide = torch.empty(case.num_blocks, *inner, case.head_dim + 8, dtype=case.dtype)
             return wide[..., : case.head_dim]
         case _:

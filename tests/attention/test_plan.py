@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import attention
 from attention import Forest, Plan
-from tests.attention.strategies import Node, build_forest, forests, level_forest
+from tests.attention.strategies import LARGE, Node, build_forest, forests, level_forest
 
 windows = st.none() | st.sampled_from((1, 2, 9, 33, 100))
 
@@ -60,6 +60,17 @@ def test_items_cover_what_each_query_sees_exactly_once(
             rounds.add((int(item.round[0]), query))
     for tokens_of_query, expected_of_query in zip(covered, expected, strict=True):
         assert sorted(tokens_of_query) == sorted(expected_of_query)
+
+
+@pytest.mark.parametrize("window", [None, 50, 300])
+@pytest.mark.parametrize("shape", LARGE)
+def test_items_of_a_round_have_no_query_in_common(shape: str, window: int | None) -> None:
+    forest, _ = build_forest(16, *LARGE[shape])
+    items = plan_of(forest, window).items
+    order = np.lexsort((items.query_begin, items.round))
+    items = items.take(order)
+    same_round = items.round[1:] == items.round[:-1]
+    assert (items.query_begin[1:] >= items.query_end[:-1])[same_round].all()
 
 
 @given(forests(), windows)

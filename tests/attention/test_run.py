@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import attention
 from attention import Forest, Plan
 from tests.attention.strategies import (
+    LARGE,
     Case,
     Node,
     Tensors,
@@ -211,38 +212,15 @@ def test_the_ragged_trees_of_hydragen(
     assert_as_good_as_flat(case, tensors(case), device)
 
 
-# Shapes beyond what random forests reach: each exceeds one of the sizes at which work is cut.
-LARGE = {
-    "a prompt of several tiles": ([Node(-1, 700)], [(0, 700)]),
-    "a chunk behind a cached prefix, beside decodes": (
-        [Node(-1, 600), Node(0, 300), Node(0, 5), Node(0, 9)],
-        [(2, 1), (1, 280), (3, 1), (3, 2)],
-    ),
-    "a whole path over several nodes beside a decode": (
-        [Node(-1, 300), Node(0, 290, shares_block=True), Node(0, 40), Node(1, 30)],
-        [(3, 620), (2, 1), (3, 400), (1, 20)],
-    ),
-    "a prefix longer than one gather": ([Node(-1, 9000), Node(0, 3)], [(1, 1), (1, 3), (0, 1)]),
-    "more queries on a node than one call takes": (
-        [Node(-1, 40)] + [Node(0, 1 + i % 5) for i in range(1200)],
-        [(1 + i, 1) for i in range(1200)],
-    ),
-    "decodes of very different lengths": (
-        [Node(-1, 2000), *(Node(0, 1 + 37 * i) for i in range(30))],
-        [(1 + i, 1) for i in range(30)],
-    ),
-}
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("softcap", "shuffle"), [(None, None), (4.0, 1)])
-@pytest.mark.parametrize("window", [None, 50, 600])
+@pytest.mark.parametrize("window", [None, 50, 300])
 @pytest.mark.parametrize("shape", LARGE)
 def test_shapes_at_which_work_is_cut(
     shape: str, window: int | None, softcap: float | None, shuffle: int | None, device: str
 ) -> None:
     forest, num_blocks = build_forest(16, *LARGE[shape], shuffle=shuffle)
-    case = Case(forest, num_blocks, num_q_heads=2, num_kv_heads=1, window=window, softcap=softcap)
+    case = Case(forest, num_blocks, num_q_heads=8, window=window, softcap=softcap)
     assert_as_good_as_flat(case, tensors(case), device)
 
 
@@ -253,6 +231,15 @@ def test_a_long_node_is_read_in_place_with_every_kind_of_softmax() -> None:
         for softcap in (None, 5.0):
             case = Case(forest, num_blocks, head_dim=64, strides=strides, softcap=softcap)
             assert_as_good_as_flat(case, tensors(case))
+
+
+def test_what_is_read_in_place_beside_what_is_gathered() -> None:
+    nodes = [Node(-1, 600, offset=3), Node(-1, 600, offset=3), Node(-1, 600, offset=3)]
+    forest, num_blocks = build_forest(16, nodes, [(0, 1), (1, 1), (2, 1)])
+    of_second = slice(forest.block_ptr[1], forest.block_ptr[2])
+    forest.blocks[of_second] = forest.blocks[of_second][::-1].copy()
+    case = Case(forest, num_blocks, head_dim=128)
+    assert_as_good_as_flat(case, tensors(case))
 
 
 def test_a_query_that_is_a_slice_of_a_wider_tensor() -> None:

@@ -51,7 +51,7 @@ _KINDS = {
     "gemma2": (
         Gemma2ForCausalLM,
         Gemma2Config,
-        {"sliding_window": 9, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+        {"sliding_window": 9, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 24},
     ),
     "gemma3": (
         Gemma3ForCausalLM,
@@ -60,7 +60,7 @@ _KINDS = {
             "sliding_window": 5,
             "num_hidden_layers": 3,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-            "query_pre_attn_scalar": 16,
+            "query_pre_attn_scalar": 24,
         },
     ),
 }

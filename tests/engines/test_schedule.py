@@ -82,6 +82,15 @@ def test_no_step_has_more_tokens_or_samples_than_allowed():
     check_empty(engine)
 
 
+def test_a_prompt_in_the_making_takes_its_place():
+    engine = engine_of(max_batch_tokens=8, max_running=1)
+    for prompt in (range(10), [70, 71]):  # the first leaves room in its second step
+        engine.submit(prompt, sampled(3))
+    order = [event.request_id for event in engine.stream()]
+    assert order == [0, 0, 0, 1, 1, 1]
+    check_empty(engine)
+
+
 def test_the_batch_budget_limits_the_samples_too():
     engine = engine_of(max_batch_tokens=2)
     with pytest.raises(TooManySamples, match="n is 3, but 2"):
@@ -138,25 +147,37 @@ def test_samples_share_their_prompt():
 # ------------------------------------------------------------------------------------ full pools
 
 
-def test_the_most_recent_is_preempted_and_goes_on_before_new_requests():
-    engine = engine_of(num_blocks=6, max_batch_tokens=32)
-    prompts = [list(range(8)), list(range(20, 28)), list(range(40, 48))]
+def test_the_most_recent_is_preempted():
+    engine = engine_of(num_blocks=6)
+    prompts = [range(8), range(20, 28), range(40, 48)]
     for prompt in prompts:
         engine.submit(prompt, sampled(10))
-    order = [event.request_id for event in engine.step()]
-    assert order == [0, 1, 2]
-    # Each needs a third block now. Without the third request there is room for the first two,
-    # whose fourth blocks, 4 steps later, cost the second its place.
-    assert [event.request_id for event in engine.step()] == [0, 1]
-    by_sample = drain(engine)
-    assert engine.stats().preemptions >= 2
-    for request, prompt in enumerate(prompts):
-        events = by_sample[request, 0]
-        wanted = engine.model.generated(prompt, sampled(10))
+    assert [event.request_id for event in engine.step()] == [0, 1, 2]
+    # Each needs a third block now. Without the last there is room for the first two, until these
+    # need a fourth one, four steps later.
+    for _ in range(4):
+        assert [event.request_id for event in engine.step()] == [0, 1]
+    assert [event.request_id for event in engine.step()] == [0]
+    assert engine.stats().preemptions == 2
+    for (request, _), events in drain(engine).items():
+        wanted = engine.model.generated(prompts[request], sampled(10))
         assert tokens_of(events) == wanted[-len(events) :]
         assert events[-1].finish_reason == "length"
-    finished = [key[0] for key in sorted(by_sample, key=lambda key: list(by_sample).index(key))]
-    assert sorted(finished) == [0, 1, 2]
+    check_empty(engine)
+
+
+def test_the_preempted_go_on_in_their_order_before_new_requests():
+    engine = engine_of(num_blocks=6)
+    for prompt in (range(8), range(20, 28), range(40, 48)):
+        engine.submit(prompt, sampled(6))
+    engine.step()
+    engine.submit([80], sampled(1))  # there would be room for it at once
+    engine.submit([81], sampled(1))
+    first = {}
+    for at, event in enumerate(engine.stream()):
+        first.setdefault(event.request_id, at)
+    assert engine.stats().preemptions > 0
+    assert sorted(first, key=first.__getitem__) == [0, 1, 2, 3, 4]
     check_empty(engine)
 
 

@@ -20,6 +20,7 @@ from tests.attention.strategies import (
     level_forest,
     path_slots,
     tensors,
+    with_sequences,
 )
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
@@ -234,12 +235,16 @@ def test_a_long_node_is_read_in_place_with_every_kind_of_softmax() -> None:
 
 
 def test_what_is_read_in_place_beside_what_is_gathered() -> None:
-    nodes = [Node(-1, 600, offset=3), Node(-1, 600, offset=3), Node(-1, 600, offset=3)]
-    forest, num_blocks = build_forest(16, nodes, [(0, 1), (1, 1), (2, 1)])
-    of_second = slice(forest.block_ptr[1], forest.block_ptr[2])
-    forest.blocks[of_second] = forest.blocks[of_second][::-1].copy()
-    case = Case(forest, num_blocks, head_dim=128)
-    assert_as_good_as_flat(case, tensors(case))
+    lengths = (600, 600, 600, 20)
+    nodes = [Node(-1, length, offset=3) for length in lengths]
+    forest, num_blocks = build_forest(16, nodes, [(0, 1), (1, 1), (2, 1), (3, 1)])
+    for scattered in (1, 3):
+        blocks = slice(forest.block_ptr[scattered], forest.block_ptr[scattered + 1])
+        forest.blocks[blocks] = forest.blocks[blocks][::-1].copy()
+    for sequences in ([0, 1], [0, 3], [0, 1, 2, 3]):
+        some = with_sequences(forest, [(leaf, 1) for leaf in sequences])
+        case = Case(some, num_blocks, head_dim=128)
+        assert_as_good_as_flat(case, tensors(case))
 
 
 def test_a_query_that_is_a_slice_of_a_wider_tensor() -> None:

@@ -9,7 +9,7 @@ from attention.items import BoolArray, WorkItems, cut
 
 # Bounds of what one call holds: KV gathered (K and V together), tokens of an item, queries.
 GATHER_BYTES = 8 << 20
-KV_TILE = 4096
+KV_TILE = 2048
 MAX_QUERIES = 1024
 # From this size on, consecutive slots are read in place: a call costs less than the copy.
 IN_PLACE_BYTES = 512 << 10

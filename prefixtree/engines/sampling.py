@@ -1,9 +1,12 @@
 """Sampling the next token of a batch in which every row has its own parameters and random stream.
 
-A sample's tokens depend on its seed, its index and its logits only. The uniform that decides a
-token is a function of (seed, sample index, position), so neither the other rows of the batch nor
-a preemption in between changes it. The distribution is computed in float64, where the order of a
-sum, which does depend on the shape of the batch, makes a difference of 1e-16 only.
+Tokens are drawn by the Gumbel-max method: the largest of logit / temperature + noise, where the
+noise of a token is a function of (seed, sample index, position, token). So a sample's tokens depend
+on its seed, its index and its logits only, not on the other rows of the batch nor on a preemption.
+
+And they stay the same when the logits come out a rounding error different, as they do in a batch of
+another shape: only a tie of two tokens is then decided otherwise. Inverting the cumulative
+distribution would be cheaper, but moves every boundary between two tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +27,10 @@ from prefixtree.engines.errors import InvalidLogits, InvalidSampling
 
 # A row of a batch as the sampler sees it.
 STREAM = np.dtype([("key", "u8"), ("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8")])
+
+# SplitMix64's constants as signed 64-bit numbers: torch has no unsigned arithmetic.
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 # The float64 work is done on so many logits at a time: what a cache holds on a CPU; elsewhere a
 # bound on the memory.
@@ -94,18 +101,32 @@ def stream_key(seed: int, sample: int) -> int:
     return xxhash.xxh3_64_intdigest(struct.pack("<QQ", seed, sample))
 
 
-def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each (key, position): 53 bits of SplitMix64's output at `position`.
+def splitmix(states: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Outputs of the generator SplitMix64, number `outputs` (from 0) of the one with each state.
 
-    Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014. Its state is
-    a counter, so any position is reached at once. Positions are >= 0.
+    int64 tensors that broadcast; their bits are the unsigned numbers. The state is a counter, so
+    any output is reached at once. Steele, Lea, Flood: Fast splittable pseudorandom number
+    generators, OOPSLA 2014.
     """
-    z = keys + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    bits: NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64)
-    return bits * 2.0**-53
+    z = states + (outputs + 1) * _STEP
+    # Shifts of signed numbers copy the sign; the masks clear the copies.
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _MIX[0]
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _MIX[1]
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def gumbels(
+    keys: NDArray[np.uint64], positions: NDArray[np.int64], vocab: int, device: torch.device
+) -> torch.Tensor:
+    """Gumbel noise, float64 [B, vocab]: row i is that of stream `keys[i]` at `positions[i]`."""
+    states = splitmix(
+        torch.from_numpy(keys.view(np.int64).copy()).to(device),
+        torch.from_numpy(positions.astype(np.int64)).to(device),
+    )
+    bits = splitmix(states.unsqueeze(1), torch.arange(vocab, device=device))
+    # The upper 53 bits, moved by half a step so that no logarithm is of 0 or 1.
+    uniforms = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
+    return uniforms.log_().neg_().log_().neg_()
 
 
 def sample(
@@ -119,53 +140,47 @@ def sample(
     Waits for the device once. Raises InvalidLogits when a row has NaN, +inf or only -inf.
     """
     top, tokens = logits.max(dim=-1)
-    drawn = streams["temperature"] > 0
-    if drawn.any():
-        vocab = logits.shape[1]
-        truncated = (streams["top_p"] < 1) | ((streams["top_k"] > 0) & (streams["top_k"] < vocab))
-        u = uniforms(streams["key"], positions)
-        step = max(1, _CHUNK.get(logits.device.type, _LARGE_CHUNK) // vocab)
-        # The order of the sum is part of the result, so what a row goes through depends on its own
-        # parameters alone.
-        for draw, chosen in ((_draw, drawn & ~truncated), (_draw_truncated, drawn & truncated)):
-            rows = np.flatnonzero(chosen)
-            for first in range(0, len(rows), step):
-                some = rows[first : first + step]
-                at = torch.from_numpy(some).to(logits.device)
-                tokens[at] = draw(logits[at], streams[some], u[some])
+    drawn = np.flatnonzero(streams["temperature"] > 0)
+    step = max(1, _CHUNK.get(logits.device.type, _LARGE_CHUNK) // logits.shape[1])
+    for first in range(0, len(drawn), step):
+        some = drawn[first : first + step]
+        at = torch.from_numpy(some).to(logits.device)
+        tokens[at] = _draw(logits[at], streams[some], positions[some])
     result = torch.where(top.isfinite(), tokens, -1).cpu().numpy()
     if (result < 0).any():
         raise InvalidLogits(np.flatnonzero(result < 0).tolist())
     return result
 
 
-def _draw(logits: torch.Tensor, streams: NDArray[np.void], u: NDArray[np.float64]) -> torch.Tensor:
-    """Inverse of the cumulative distribution over token ids at u. Returns [B]."""
-    cdf = _cumulative(logits, streams)
-    return torch.searchsorted(cdf, _column(u, logits) * cdf[:, -1:], right=True).squeeze(1)
-
-
-def _draw_truncated(
-    logits: torch.Tensor, streams: NDArray[np.void], u: NDArray[np.float64]
+def _draw(
+    logits: torch.Tensor, streams: NDArray[np.void], positions: NDArray[np.int64]
 ) -> torch.Tensor:
-    """The same over the most likely tokens, from the most likely one downward. Returns [B]."""
-    logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    cdf = _cumulative(logits, streams)
+    """The winners of the race of each row's tokens. Returns [B]."""
     vocab = logits.shape[1]
-    top_k = streams["top_k"]
-    last = _column(np.where(top_k > 0, np.minimum(top_k, vocab), vocab) - 1, logits)
-    reach = _column(streams["top_p"], logits) * cdf.gather(1, last)
-    last = torch.searchsorted(cdf, reach).clamp_(max=vocab - 1)
-    rank = torch.searchsorted(cdf, _column(u, logits) * cdf.gather(1, last), right=True)
-    # Only in a row of NaN does a search end behind the last token.
-    return tokens.gather(1, rank.clamp_(max=vocab - 1)).squeeze(1)
-
-
-def _cumulative(logits: torch.Tensor, streams: NDArray[np.void]) -> torch.Tensor:
-    """Running sum of exp((logits - largest) / temperature), float64 [B, V], not normalised."""
     shifted = logits.double()
     shifted = shifted - shifted.amax(dim=-1, keepdim=True)
-    return shifted.div_(_column(streams["temperature"], logits)).exp_().cumsum(dim=-1)
+    scores = shifted.div_(_column(streams["temperature"], logits))
+    truncated = (streams["top_p"] < 1) | ((streams["top_k"] > 0) & (streams["top_k"] < vocab))
+    if truncated.any():
+        at = torch.from_numpy(np.flatnonzero(truncated)).to(logits.device)
+        scores[at] = _truncate(scores[at], streams[truncated])
+    return (scores + gumbels(streams["key"], positions, vocab, logits.device)).argmax(dim=-1)
+
+
+def _truncate(scores: torch.Tensor, streams: NDArray[np.void]) -> torch.Tensor:
+    """Scores [B, V] with -inf for what top_k and then top_p leave out."""
+    vocab = scores.shape[1]
+    ranked, tokens = scores.sort(dim=-1, descending=True, stable=True)
+    cdf = ranked.exp().cumsum(dim=-1)
+    top_k = streams["top_k"]
+    last = _column(np.where(top_k > 0, np.minimum(top_k, vocab), vocab) - 1, scores)
+    reach = _column(streams["top_p"], scores) * cdf.gather(1, last)
+    # Only in a row of NaN does the search end behind the last token.
+    last = torch.searchsorted(cdf, reach).clamp_(max=vocab - 1)
+    kept = torch.arange(vocab, device=scores.device) <= last
+    return torch.full_like(scores, -torch.inf).scatter_(
+        1, tokens, ranked.masked_fill_(~kept, -torch.inf)
+    )
 
 
 def _column(values: NDArray[Any], like: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ def test_noise_decides_just_where_it_makes_up_for_the_logits(monkeypatch, temper
         handicap = float(LOGITS[left] - LOGITS[right]) / temperature
         noise = torch.full((2, 5), -1e6, dtype=torch.float64)
         noise[:, left] = 0
-        noise[:, right] = torch.tensor([handicap - 1e-9, handicap + 1e-9])
+        noise[0, right], noise[1, right] = handicap - 1e-9, handicap + 1e-9
         drawn = drawn_with(monkeypatch, LOGITS, noise, temperature=temperature)
         assert drawn == [left, right]
 

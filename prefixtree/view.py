@@ -23,8 +23,8 @@ class NodeView:
     slots: tuple[int, ...]
     pins: int
     """Open sequences whose path passes through."""
-    uses: int
-    """Sequences that ever pinned it."""
+    hits: int
+    """How often a sequence joined it: by a match, a fork, or the same tokens computed again."""
     children: tuple[NodeView, ...]
 
 
@@ -47,7 +47,7 @@ class TreeView:
                 start=nodes.start[node],
                 slots=tuple(tree.slots(node, 0, nodes.length[node]).tolist()),
                 pins=nodes.pins[node],
-                uses=nodes.uses[node],
+                hits=nodes.uses[node],
                 children=_by_first_token(below.pop(node, [])),
             )
             below.setdefault(nodes.parent[node], []).append(view)
@@ -67,10 +67,10 @@ class TreeView:
     def render(
         self, decode: Decode | None = None, *, width: int = 80, max_children: int = 8
     ) -> str:
-        """The tree as text, one line a node: tokens, pins, uses and the tokens' text.
+        """The tree as text, one line a node: tokens, pins, hits and the tokens' text.
 
         `decode` turns token ids into text; without it the ids are shown. Lines are cut to `width`;
-        of more than `max_children` children the most used are shown and the rest is counted.
+        of more than `max_children` children the most hit are shown and the rest is counted.
         """
         lines = ["root"]
         # (node or text, indentation of its line, of the lines below it)
@@ -80,7 +80,7 @@ class TreeView:
             if isinstance(node, str):
                 lines.append(head + node)
                 continue
-            label = f"{head}{len(node.tokens)} tokens  pins {node.pins}  uses {node.uses}  "
+            label = f"{head}{len(node.tokens)} tokens  pins {node.pins}  hits {node.hits}  "
             room = width - len(label)
             lines.append((label + _excerpt(node.tokens, decode, room)).rstrip())
             waiting.extend(_lines_below(node, indent, max_children)[::-1])
@@ -92,7 +92,7 @@ def _lines_below(
 ) -> list[tuple[NodeView | str, str, str]]:
     shown: list[NodeView | str] = list(node.children)
     if len(shown) > max_children:
-        by_use = sorted(node.children, key=lambda child: -child.uses)[:max_children]
+        by_use = sorted(node.children, key=lambda child: -child.hits)[:max_children]
         kept = {id(child) for child in by_use}
         rest = [child for child in node.children if id(child) not in kept]
         tokens = sum(len(child.tokens) for child in rest)

@@ -98,7 +98,7 @@ def tree(mode: str, view: TreeView, decode: Decode) -> str:
     """The cache's tree with a legend."""
     return (
         f"\nThe tree in the run above, {mode}\n"
-        "(pins: sequences running through a node, uses: how often one joined it)\n"
+        "(pins: sequences running through a node, hits: how often one joined it)\n"
         f"{view.render(decode, width=WIDTH, max_children=TREE_CHILDREN)}"
     )
 

@@ -4,12 +4,17 @@ Importing this package does not import torch.
 """
 
 from allocator import BrokenInvariant, OutOfBlocks
-from prefixtree.cache import Batch, Match, PrefixCache
+from prefixtree.batch import Batch
+from prefixtree.cache import Forgotten, Match, Pin, PrefixCache
 from prefixtree.errors import (
+    CacheBroken,
     InvalidBatch,
     InvalidLength,
+    InvalidNamespace,
     InvalidTokens,
     NotCommitted,
+    NotPinned,
+    NotPreempted,
     PrefixTreeError,
     RollbackPastFork,
     SequenceClosed,
@@ -23,14 +28,20 @@ from prefixtree.view import NodeView, TreeView
 __all__ = [
     "Batch",
     "BrokenInvariant",
+    "CacheBroken",
     "Forest",
+    "Forgotten",
     "InvalidBatch",
     "InvalidLength",
+    "InvalidNamespace",
     "InvalidTokens",
     "Match",
     "NodeView",
     "NotCommitted",
+    "NotPinned",
+    "NotPreempted",
     "OutOfBlocks",
+    "Pin",
     "PrefixCache",
     "PrefixTreeError",
     "RollbackPastFork",

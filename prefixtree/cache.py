@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from threading import RLock
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from allocator import BlockPool, EvictionPolicy, OutOfBlocks, make_policy
+from prefixtree.batch import Batch
 from prefixtree.check import check
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.errors import (
     InvalidBatch,
     InvalidLength,
     NotCommitted,
+    NotPinned,
+    NotPreempted,
     RollbackPastFork,
     SequenceClosed,
     SlotRange,
 )
 from prefixtree.forest import Forest, build_forest
+from prefixtree.guard import guarded
 from prefixtree.pins import Pins
 from prefixtree.sequence import Sequence
 from prefixtree.stats import Counters, Stats
 from prefixtree.tails import Tails
 from prefixtree.tokens import TokensLike, as_prompt, as_tokens
-from prefixtree.tree import ROOT, Place, RadixTree
+from prefixtree.tree import DEFAULT, NOWHERE, Namespace, Place, RadixTree, as_namespace
 from prefixtree.view import TreeView
 
 
@@ -39,50 +45,65 @@ class Match(NamedTuple):
     that waits for it need not compute them again."""
 
 
-class Batch:
-    """Open sequences that take their steps together; saves looking them up each step.
+class Forgotten(NamedTuple):
+    """What `forget` did."""
 
-    Made by `PrefixCache.batch`; used with a sequence closed meanwhile it raises `SequenceClosed`.
-    """
+    blocks: int
+    """Blocks that came free."""
+    tokens: int
+    """Cached tokens that are gone."""
+    kept_tokens: int
+    """Cached tokens that should have gone but are in use."""
 
-    __slots__ = ("_cache", "_serials", "_tails", "sequences")
 
-    def __init__(
-        self,
-        cache: PrefixCache,
-        sequences: tuple[Sequence, ...],
-        tails: Int64s,
-        serials: Int64s,
-    ) -> None:
+class Pin:
+    """Keeps a prefix from eviction; made by `PrefixCache.pin`."""
+
+    __slots__ = ("_cache", "_node", "tokens")
+
+    def __init__(self, cache: PrefixCache, node: int, tokens: int) -> None:
         self._cache = cache
-        self.sequences = sequences
-        self._tails = tails
-        self._serials = serials
+        self._node = node
+        self.tokens = tokens
+        """How many tokens of the prefix are kept."""
 
-    def __len__(self) -> int:
-        return len(self.sequences)
+    def unpin(self) -> None:
+        """Lets the prefix be evicted again. Raises `NotPinned` the second time."""
+        self._cache._unpin(self)
 
 
 class PrefixCache:
     """Shared prefixes of token sequences, mapped to blocks of KV.
 
     The cache hands out slots and keeps track; the KV itself is written and read by the engine that
-    embeds it. One thread uses a cache.
+    embeds it. Sequences of different namespaces (model, adapter, tenant) never share anything.
+
+    A reference count or a link found wrong raises at the call that found it (`BrokenInvariant`,
+    `DoubleFree`, `ForeignBlock`); every call after that raises `CacheBroken`.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int = 16, *, eviction: str | EvictionPolicy = "lru"
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        eviction: str | EvictionPolicy = "lru",
+        thread_safe: bool = False,
     ) -> None:
         """A cache of `num_blocks` blocks of `block_size` token slots each.
 
-        Raises `InvalidArgument` unless both are >= 1, ValueError for an unknown policy.
+        One thread uses a cache, unless `thread_safe`: then calls wait for each other. Raises
+        `InvalidArgument` unless both numbers are >= 1, ValueError for an unknown policy.
         """
+        self._lock: AbstractContextManager[object] = RLock() if thread_safe else nullcontext()
+        self._broken = ""
         self._pool = BlockPool(num_blocks, block_size)
         self._tree = RadixTree(block_size)
         self._pins = Pins(self._tree, make_policy(eviction))
         self._tails = Tails(self._tree, self._pool, self._pins)
         self._counters = Counters()
         self._open: dict[int, int] = {}  # serial number to tail
+        self._kept: list[int] = []  # nodes pinned for good, once for each pin
         self._prefilling: dict[int, int] = {}  # tails with a prompt not committed whole: its length
 
     @property
@@ -93,53 +114,96 @@ class PrefixCache:
     def block_size(self) -> int:
         return self._pool.block_size
 
-    def match(self, tokens: TokensLike) -> Match:
+    @guarded
+    def match(self, tokens: TokensLike, *, namespace: Namespace = DEFAULT) -> Match:
         """How much of `tokens` is cached or about to be. Changes nothing, not even the LRU order.
 
-        Raises `InvalidTokens`. O(len(tokens)) in C, plus a lookup a node.
+        Raises `InvalidTokens`, `InvalidNamespace`. O(len(tokens)) in C, plus a lookup a node.
         """
         wanted = as_prompt(tokens)
-        place = self._tree.walk(wanted.tobytes())
+        place = self._find(wanted, namespace)
         return Match(place.matched, self._pending(place, wanted))
 
-    def open(self, tokens: TokensLike) -> Sequence:
+    @guarded
+    def can_open(
+        self, tokens: TokensLike, *, namespace: Namespace = DEFAULT, watermark: int = 0
+    ) -> bool:
+        """Whether `open` would find its blocks and leave `watermark` more free or evictable.
+
+        An engine that admits only what leaves its running sequences room to grow preempts less.
+        Changes nothing; raises as `match`, and `InvalidLength` for a negative watermark.
+        """
+        if watermark < 0:
+            raise InvalidLength(f"watermark must be >= 0 blocks, got {watermark}")
+        wanted = as_prompt(tokens)
+        place = self._find(wanted, namespace)
+        left = self._pool.num_free + self._pins.evictable_blocks - self._evictable_at(place)
+        return self._blocks_behind(place, wanted) + watermark <= left
+
+    @guarded
+    def open(self, tokens: TokensLike, *, namespace: Namespace = DEFAULT) -> Sequence:
         """A sequence of these tokens: the longest match pinned, blocks reserved for all the rest.
 
-        Evicts what it must. All or nothing: raises `OutOfBlocks(needed, free, evictable)` or
-        `InvalidTokens` and changes nothing. O(len(tokens)) in C, plus a lookup a node.
+        Evicts what it must. All or nothing: raises `OutOfBlocks(needed, free, evictable)`,
+        `InvalidTokens` or `InvalidNamespace` and changes nothing. O(len(tokens)) in C, plus a
+        lookup a node.
         """
         prompt = as_prompt(tokens)
-        place = self._tree.walk(prompt.tobytes())
-        rest = prompt[place.matched :]
-        needed = -(-len(rest) // self.block_size)
-        self._require(needed, kept=self._evictable_at(place))
-        node = self._tails.land(place)
-        self._pins.pin(node)
-        self._free_up(needed)
-        tail = self._tails.start(node, rest)
-        if len(rest):
-            self._prefilling[tail] = len(prompt)
+        tail, cached_len = self._start(prompt, namespace)
         self._counters.opens += 1
         self._counters.query_tokens += len(prompt)
-        self._counters.hit_tokens += place.matched
-        return self._handle(tail, cached_len=place.matched, fork_len=0)
+        self._counters.hit_tokens += cached_len
+        return self._handle(tail, namespace, cached_len, fork_len=0)
 
+    @guarded
+    def pin(self, tokens: TokensLike, *, namespace: Namespace = DEFAULT) -> Pin:
+        """Keeps what is cached of `tokens` from eviction until `Pin.unpin`. O(depth).
+
+        Raises `InvalidTokens`, `InvalidNamespace`.
+        """
+        place = self._find(as_prompt(tokens), namespace)
+        node = self._tails.land(place)
+        self._pins.pin(node)
+        self._kept.append(node)
+        return Pin(self, node, place.matched)
+
+    @guarded
+    def forget(
+        self, tokens: TokensLike | None = None, *, namespace: Namespace = DEFAULT
+    ) -> Forgotten:
+        """Drops the KV behind the prefix `tokens`, or all of the namespace, as far as none uses it.
+
+        What open sequences or pins hold stays, and is matched as before; `Forgotten` says how much.
+        Raises `InvalidTokens`, `InvalidNamespace`. O(nodes of the cache).
+        """
+        root = self._tree.root_of(as_namespace(namespace))
+        if root < 0:
+            return Forgotten(blocks=0, tokens=0, kept_tokens=0)
+        top = root
+        if tokens is not None:
+            prefix = as_prompt(tokens)
+            place = self._tree.walk(prefix.tobytes(), root)
+            if place.matched < len(prefix):
+                return Forgotten(blocks=0, tokens=0, kept_tokens=0)
+            top = self._tails.land(place)
+        below = self._tree.below(top)
+        before = self._tree.cached_tokens
+        total = int(np.asarray(self._tree.nodes.length)[below].sum())
+        blocks = self._let_go(self._pins.drop(below))
+        gone = before - self._tree.cached_tokens
+        return Forgotten(blocks=blocks, tokens=gone, kept_tokens=total - gone)
+
+    @guarded
     def batch(self, sequences: Iterable[Sequence]) -> Batch:
         """A handle on these sequences for `append`, `commit` and `forest`. O(sequences).
 
         Raises `InvalidBatch` for one that is named twice or of another cache, `SequenceClosed`.
         """
-        members = tuple(sequences)
-        if any(sequence._cache is not self for sequence in members):
-            raise InvalidBatch("a sequence of the batch belongs to another cache")
-        serials = [sequence._serial for sequence in members]
-        if len(set(serials)) < len(serials):
-            raise InvalidBatch("a sequence is in the batch twice")
-        tails = np.array([sequence._tail for sequence in members], np.int64)
-        batch = Batch(self, members, tails, np.array(serials, np.int64))
+        batch = Batch(self, sequences)
         self._require_open(batch)
         return batch
 
+    @guarded
     def append(
         self,
         batch: Batch | Iterable[Sequence],
@@ -156,16 +220,17 @@ class PrefixCache:
         """
         batch = self._as_batch(batch)
         added = as_tokens(tokens)
-        lens = self._per_sequence(batch, counts, 1, "counts")
+        lens = batch.per_sequence(counts, 1, "counts")
         if (lens < 0).any():
             raise InvalidLength(f"counts must be >= 0, got {int(lens.min())}")
         if lens.sum() != len(added):
             raise InvalidLength(f"{len(added)} tokens for counts that sum to {int(lens.sum())}")
-        needed = int(self._tails.blocks_needed(batch._tails, lens).sum())
+        needed = int(self._tails.blocks_needed(batch.tails, lens).sum())
         self._require(needed)
         self._free_up(needed)
-        return self._tails.extend(batch._tails, lens, added)
+        return self._tails.extend(batch.tails, lens, added)
 
+    @guarded
     def commit(self, batch: Batch | Iterable[Sequence]) -> None:
         """The KV of all tokens of these sequences is written: from now on others match them.
 
@@ -174,10 +239,11 @@ class PrefixCache:
         since another sequence came to share them.
         """
         batch = self._as_batch(batch)
-        self._tails.commit_all(batch._tails)
-        for tail in self._prefilling.keys() & batch._tails.tolist():
+        self._tails.commit_all(batch.tails)
+        for tail in self._prefilling.keys() & batch.tails.tolist():
             del self._prefilling[tail]
 
+    @guarded
     def forest(
         self,
         batch: Batch | Iterable[Sequence],
@@ -192,11 +258,11 @@ class PrefixCache:
         between committed ones and queries is left out (kv_len - query_len <= committed).
         """
         batch = self._as_batch(batch)
-        starts = np.asarray(self._tree.nodes.start)[batch._tails]
-        committed = starts + np.asarray(self._tree.nodes.length)[batch._tails]
-        lengths = starts + np.asarray(self._tree.tail_tokens.size)[batch._tails]
-        kv = lengths if kv_lens is None else self._per_sequence(batch, kv_lens, 0, "kv_lens")
-        queries = self._per_sequence(batch, query_lens, 1, "query_lens")
+        starts = np.asarray(self._tree.nodes.start)[batch.tails]
+        committed = starts + np.asarray(self._tree.nodes.length)[batch.tails]
+        lengths = starts + np.asarray(self._tree.tail_tokens.size)[batch.tails]
+        kv = lengths if kv_lens is None else batch.per_sequence(kv_lens, 0, "kv_lens")
+        queries = batch.per_sequence(query_lens, 1, "query_lens")
         wrong = (kv < committed) | (kv > lengths) | (queries < 1) | (queries > kv)
         wrong |= kv - queries > committed
         if wrong.any():
@@ -205,8 +271,9 @@ class PrefixCache:
                 f"sequence {at} of the batch: kv_len {kv[at]} and query_len {queries[at]} do not"
                 f" fit {committed[at]} committed of {lengths[at]} tokens"
             )
-        return build_forest(self._tree, batch._tails, kv, queries)
+        return build_forest(self._tree, batch.tails, kv, queries)
 
+    @guarded
     def evict(self, num_blocks: int) -> int:
         """Evicts unpinned leaves in the policy's order until `num_blocks` blocks came free.
 
@@ -215,13 +282,14 @@ class PrefixCache:
         """
         if num_blocks < 0:
             raise InvalidLength(f"num_blocks must be >= 0, got {num_blocks}")
-        gone = self._pins.evict(num_blocks)
-        return len(self._pool.release(gone)) if len(gone) else 0
+        return self._let_go(self._pins.evict(num_blocks))
 
+    @guarded
     def clear(self) -> int:
         """Evicts everything that no open sequence uses; returns the blocks that came free."""
         return self.evict(self.num_blocks)
 
+    @guarded
     def stats(self) -> Stats:
         tree, pins = self._tree, self._pins
         tails = np.fromiter(self._open.values(), np.int64, len(self._open))
@@ -235,7 +303,7 @@ class PrefixCache:
             cached_tokens=tree.cached_tokens,
             pinned_tokens=tree.cached_tokens - pins.evictable_tokens,
             evictable_tokens=pins.evictable_tokens,
-            nodes=len(tree.nodes) - 1 - len(tails) + linked,
+            nodes=len(tree.nodes) - tree.num_roots - len(tails) + linked,
             open_sequences=len(tails),
             logical_tokens=int((starts[tails] + sizes[tails]).sum()),
             evicted_tokens=pins.evicted_tokens,
@@ -243,13 +311,41 @@ class PrefixCache:
             **vars(self._counters),
         )
 
+    @guarded
     def check(self) -> None:
         """Recounts everything; raises `BrokenInvariant` that names what is wrong. O(cache)."""
-        check(self._tree, self._pool, self._pins, list(self._open.values()))
+        check(self._tree, self._pool, self._pins, list(self._open.values()), self._kept)
 
+    @guarded
     def tree(self) -> TreeView:
         """The tree as it is now, to print and to walk. O(nodes)."""
         return TreeView.of(self._tree)
+
+    def _find(self, wanted: Int32s, namespace: Namespace) -> Place:
+        root = self._tree.root_of(as_namespace(namespace))
+        return NOWHERE if root < 0 else self._tree.walk(wanted.tobytes(), root)
+
+    def _start(self, prompt: Int32s, namespace: Namespace) -> tuple[int, int]:
+        """A pinned tail for a prompt, and how much of it was cached; or `OutOfBlocks`."""
+        place = self._find(prompt, namespace)
+        needed = self._blocks_behind(place, prompt)
+        self._require(needed, kept=self._evictable_at(place))
+        if place is NOWHERE:
+            place = NOWHERE._replace(node=self._pins.add_root(namespace))
+        node = self._tails.land(place)
+        self._pins.pin(node)
+        self._free_up(needed)
+        tail = self._tails.start(node, prompt[place.matched :])
+        if place.matched < len(prompt):
+            self._prefilling[tail] = len(prompt)
+        return tail, place.matched
+
+    def _blocks_behind(self, place: Place, wanted: Int32s) -> int:
+        return -(-(len(wanted) - place.matched) // self.block_size)
+
+    def _let_go(self, blocks: Int32s) -> int:
+        """Releases what eviction gave; returns how many blocks came free."""
+        return len(self._pool.release(blocks)) if len(blocks) else 0
 
     def _require(self, needed: int, kept: int = 0) -> None:
         """Raises `OutOfBlocks` unless `needed` blocks can be had, `kept` evictable ones spared."""
@@ -271,8 +367,10 @@ class PrefixCache:
 
     def _pending(self, place: Place, wanted: Int32s) -> int:
         """Tokens behind the match that a prompt being computed has too."""
+        if not self._prefilling or place is NOWHERE:
+            return 0
         nodes = self._tree.nodes
-        path = {ROOT, *self._tree.path(place.node)} if self._prefilling else ()
+        path = {*self._tree.path(place.node), self._tree.root_above(place.node)}
         reached = place.matched
         for tail, prompt_len in self._prefilling.items():
             if nodes.parent[tail] in path:
@@ -281,10 +379,10 @@ class PrefixCache:
                 reached = max(reached, start + _agreement(prompt, wanted[start:]))
         return reached - place.matched
 
-    def _handle(self, tail: int, cached_len: int, fork_len: int) -> Sequence:
+    def _handle(self, tail: int, namespace: Namespace, cached_len: int, fork_len: int) -> Sequence:
         serial = self._tree.nodes.writer[tail]
         self._open[serial] = tail
-        return Sequence(self, tail, serial, cached_len, fork_len)
+        return Sequence(self, tail, serial, namespace, cached_len, fork_len)
 
     def _as_batch(self, batch: Batch | Iterable[Sequence]) -> Batch:
         if not isinstance(batch, Batch):
@@ -293,43 +391,38 @@ class PrefixCache:
         return batch
 
     def _require_open(self, batch: Batch) -> None:
-        if batch._cache is not self:
+        if batch.cache is not self:
             raise InvalidBatch("the batch belongs to another cache")
-        closed = np.asarray(self._tree.nodes.writer)[batch._tails] != batch._serials
+        closed = np.asarray(self._tree.nodes.writer)[batch.tails] != batch.serials
         if closed.any():
             raise SequenceClosed(f"sequence {int(closed.argmax())} of the batch is closed")
 
-    def _per_sequence(
-        self, batch: Batch, values: npt.ArrayLike | None, default: int, name: str
-    ) -> Int64s:
-        if values is None:
-            return np.full(len(batch), default, np.int64)
-        array = np.asarray(values)
-        if array.shape != (len(batch),) or (array.dtype.kind not in "iu" and len(array)):
-            raise InvalidLength(
-                f"{name} must be {len(batch)} integers, got {array.dtype} {array.shape}"
-            )
-        return array.astype(np.int64)
-
     # What the handles of `sequence` call.
 
+    @guarded
     def _is_open(self, sequence: Sequence) -> bool:
         return self._tree.nodes.writer[sequence._tail] == sequence._serial
 
     def _tail_of(self, sequence: Sequence) -> int:
         if not self._is_open(sequence):
-            raise SequenceClosed("the sequence is closed")
+            raise SequenceClosed(
+                "the sequence is " + ("closed" if sequence._preempted is None else "preempted")
+            )
         return sequence._tail
 
+    @guarded
     def _length(self, sequence: Sequence) -> int:
         return self._tails.length(self._tail_of(sequence))
 
+    @guarded
     def _committed(self, sequence: Sequence) -> int:
         return self._tree.end(self._tail_of(sequence))
 
+    @guarded
     def _tokens(self, sequence: Sequence) -> Int32s:
         return self._tails.tokens(self._tail_of(sequence))
 
+    @guarded
     def _slots(self, sequence: Sequence, start: int, stop: int) -> Int64s:
         tail = self._tail_of(sequence)
         if not 0 <= start <= stop <= self._tails.length(tail):
@@ -338,6 +431,7 @@ class PrefixCache:
             )
         return self._tails.slots(tail, start, stop)
 
+    @guarded
     def _commit(self, sequence: Sequence, length: int) -> None:
         tail = self._tail_of(sequence)
         committed, total = self._tree.end(tail), self._tails.length(tail)
@@ -350,6 +444,7 @@ class PrefixCache:
         if length >= self._prefilling.get(tail, length):
             self._prefilling.pop(tail, None)
 
+    @guarded
     def _fork(self, sequence: Sequence, count: int) -> list[Sequence]:
         tail = self._tail_of(sequence)
         if count < 1:
@@ -361,8 +456,10 @@ class PrefixCache:
             )
         self._counters.forks += count
         sequence.fork_len = length
-        return [self._handle(new, length, length) for new in self._tails.fork(tail, count)]
+        tails = self._tails.fork(tail, count)
+        return [self._handle(new, sequence._namespace, length, length) for new in tails]
 
+    @guarded
     def _rollback(self, sequence: Sequence, count: int) -> None:
         tail = self._tail_of(sequence)
         length = self._tails.length(tail)
@@ -384,12 +481,42 @@ class PrefixCache:
             if self._tree.end(tail) >= self._prefilling[tail]:
                 del self._prefilling[tail]
 
+    @guarded
     def _close(self, sequence: Sequence) -> None:
+        if sequence._preempted is None:
+            self._end(sequence)
+        sequence._preempted = None
+        self._counters.closes += 1
+
+    @guarded
+    def _preempt(self, sequence: Sequence) -> None:
+        self._tail_of(sequence)
+        sequence._preempted = self._tokens(sequence)
+        self._end(sequence)
+        self._counters.preemptions += 1
+
+    @guarded
+    def _resume(self, sequence: Sequence) -> None:
+        if sequence._preempted is None:
+            raise NotPreempted("resume of a sequence that is not preempted")
+        tail, sequence.cached_len = self._start(sequence._preempted, sequence._namespace)
+        sequence._tail, sequence._serial = tail, self._tree.nodes.writer[tail]
+        self._open[sequence._serial] = tail
+        sequence._preempted = None
+
+    @guarded
+    def _unpin(self, pin: Pin) -> None:
+        if pin._node < 0:
+            raise NotPinned("the prefix is not pinned any more")
+        self._pins.unpin(pin._node)
+        self._kept.remove(pin._node)
+        pin._node = -1
+
+    def _end(self, sequence: Sequence) -> None:
         tail = self._tail_of(sequence)
         self._tails.close(tail)
         self._prefilling.pop(tail, None)
         del self._open[sequence._serial]
-        self._counters.closes += 1
 
 
 def _agreement(left: Int32s, right: Int32s) -> int:

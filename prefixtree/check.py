@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -11,14 +12,19 @@ from prefixtree.pins import Pins
 from prefixtree.tree import ROOT, RadixTree
 
 
-def check(tree: RadixTree, pool: BlockPool, pins: Pins, tails: list[int]) -> None:
-    """Raises `BrokenInvariant` naming what is wrong; `tails` are those of the open sequences."""
+def check(
+    tree: RadixTree, pool: BlockPool, pins: Pins, tails: list[int], kept: Iterable[int]
+) -> None:
+    """Raises `BrokenInvariant` naming what is wrong.
+
+    `tails` are those of the open sequences, `kept` the nodes pinned for good, once for each pin.
+    """
     pool.check()
     nodes = [int(node) for node in tree.nodes.rows() if node != ROOT]
     _check_blocks(tree, pool, nodes)
     _check_slots(tree, nodes)
     _check_shape(tree, nodes, set(tails))
-    _check_pins(tree, pins, nodes, tails)
+    _check_pins(tree, pins, nodes, [*tails, *kept])
 
 
 def _expect(condition: bool, message: str) -> None:
@@ -82,6 +88,9 @@ def _check_shape(tree: RadixTree, nodes: list[int], tails: set[int]) -> None:
         _expect(table.start[node] == tree.end(parent), f"node {node} does not start at its parent")
         _expect(not table.writer[parent], f"node {node} hangs below the tail {parent}")
         _expect(bool(table.writer[node]) == (node in tails), f"node {node}: tail or not?")
+        if tree.is_root(node):
+            _expect(not table.length[node], f"node {node} is the root of a namespace but not empty")
+            continue
         _expect(
             bool(table.linked[node]) == (table.length[node] > 0), f"node {node} is empty but linked"
         )
@@ -104,17 +113,17 @@ def _check_shape(tree: RadixTree, nodes: list[int], tails: set[int]) -> None:
     _expect(cached == tree.cached_tokens, f"{tree.cached_tokens} cached tokens, recount {cached}")
 
 
-def _check_pins(tree: RadixTree, pins: Pins, nodes: list[int], tails: list[int]) -> None:
-    """Pins are the sequences on a path; the evictable are just the rest."""
+def _check_pins(tree: RadixTree, pins: Pins, nodes: list[int], ends: list[int]) -> None:
+    """Pins are the paths in use, given by their ends; the evictable are just the rest."""
     counts = dict.fromkeys(nodes, 0)
-    for tail in tails:
-        for node in tree.path(tail):
+    for end in ends:
+        for node in tree.path(end):
             counts[node] += 1
     evictable = []
     for node, count in counts.items():
         _expect(
             tree.nodes.pins[node] == count,
-            f"node {node} has {tree.nodes.pins[node]} pins, {count} sequences pass through it",
+            f"node {node} has {tree.nodes.pins[node]} pins, {count} paths in use pass through it",
         )
         if not count:
             evictable.append(node)

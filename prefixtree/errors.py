@@ -19,6 +19,22 @@ class InvalidBatch(PrefixTreeError, ValueError):
     """A batch names a sequence twice, or one of another cache."""
 
 
+class InvalidNamespace(PrefixTreeError, TypeError):
+    """A namespace is neither a string nor a tuple of strings, integers and None."""
+
+
+class NotPinned(PrefixTreeError, RuntimeError):
+    """The pin was taken off before."""
+
+
+class NotPreempted(PrefixTreeError, RuntimeError):
+    """A sequence that runs or is closed cannot be resumed."""
+
+
+class CacheBroken(PrefixTreeError, RuntimeError):
+    """The cache found its own state wrong before and refuses to hand out KV ever since."""
+
+
 class SequenceClosed(PrefixTreeError, RuntimeError):
     """The sequence was closed before."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefixtree.columns import Int32s, Int64s
-from prefixtree.tree import ROOT, RadixTree
+from prefixtree.tree import RadixTree
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def build_forest(tree: RadixTree, tails: Int64s, kv_lens: Int64s, query_lens: In
     """
     nodes = tree.nodes
     parents, starts = np.asarray(nodes.parent), np.asarray(nodes.start)
+    committed = np.asarray(nodes.length)
     tail_lengths = kv_lens - starts[tails]
     leaves = np.where(tail_lengths > 0, tails, parents[tails])
 
@@ -54,17 +55,16 @@ def build_forest(tree: RadixTree, tails: Int64s, kv_lens: Int64s, query_lens: In
         level = np.unique(level)
         levels.append(level)
         level = parents[level]
-        level = level[(level != ROOT) & (index[level] < 0)]
+        level = level[(committed[level] > 0) & (index[level] < 0)]  # roots are empty
     members = np.concatenate(levels)
     members = members[np.argsort(starts[members], kind="stable")]
     index[members] = np.arange(len(members))
 
-    lengths = np.asarray(nodes.length)[members]
+    lengths = committed[members]
     with_tail = tail_lengths > 0
     lengths[index[tails[with_tail]]] = tail_lengths[with_tail]
     offsets = np.asarray(nodes.offset)[members]
     counts = -(-(offsets + lengths) // tree.block_size)
-    index[ROOT] = -1
     return Forest(
         block_size=tree.block_size,
         parent=index[parents[members]],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from allocator import EvictionOrder, EvictionPolicy, Usage
-from prefixtree.columns import Int32s
-from prefixtree.tree import ROOT, RadixTree
+from prefixtree.columns import Int32s, Int64s
+from prefixtree.tree import ROOT, Namespace, RadixTree
 
 
 class Pins:
@@ -22,9 +22,14 @@ class Pins:
         self._tick = 0
         self.evictable_tokens = 0
         self.evictable_blocks = 0
-        self.evictable_nodes = 0
         self.evicted_tokens = 0
         self.evicted_nodes = 0
+
+    def add_root(self, namespace: Namespace) -> int:
+        """`RadixTree.add_root`, in the order until something is put below it and pinned."""
+        node = self._tree.add_root(namespace)
+        self._enqueue(node)
+        return node
 
     def pin(self, node: int, by: int = 1) -> None:
         """Pins the path to `node` for `by` more sequences. O(depth)."""
@@ -58,8 +63,6 @@ class Pins:
         if waiting:
             self._order.discard(node)
         upper, shared = self._tree.split(node, length)
-        if not nodes.pins[node]:
-            self.evictable_nodes += 1
         if waiting:
             self._enqueue(node)
         return upper, shared
@@ -79,23 +82,39 @@ class Pins:
         Returns the blocks to let go of; those that removed nodes shared appear more than once.
         O(log leaves) a node.
         """
-        tree, nodes = self._tree, self._tree.nodes
         before = self.evictable_blocks
         held: list[Int32s] = []
         while self._order and before - self.evictable_blocks < num_blocks:
-            node = self._order.pop()
-            parent = nodes.parent[node]
-            self._count(node, -1)
-            self.evicted_tokens += nodes.length[node]
-            self.evicted_nodes += 1
-            held.append(tree.remove(node))
-            if parent != ROOT and not nodes.pins[parent] and not nodes.children[parent]:
-                self._enqueue(parent)
+            held.append(self._remove(self._order.pop()))
+        return np.concatenate(held) if held else np.empty(0, np.int32)
+
+    def drop(self, below: Int64s) -> Int32s:
+        """Removes those of these nodes that are not pinned; they come deepest first.
+
+        Returns the blocks to let go of, as `evict`.
+        """
+        nodes = self._tree.nodes
+        held: list[Int32s] = []
+        for node in below[np.asarray(nodes.pins)[below] == 0].tolist():
+            self._order.discard(node)
+            held.append(self._remove(node))
         return np.concatenate(held) if held else np.empty(0, np.int32)
 
     def check_order(self) -> set[int]:
         """The nodes in the order, for `check`."""
         return set(self._order)
+
+    def _remove(self, node: int) -> Int32s:
+        """Takes an unpinned leaf out; its parent may be the next to go."""
+        nodes = self._tree.nodes
+        parent = nodes.parent[node]
+        self._count(node, -1)
+        self.evicted_tokens += nodes.length[node]
+        self.evicted_nodes += 1
+        held = self._tree.remove(node)
+        if parent != ROOT and not nodes.pins[parent] and not nodes.children[parent]:
+            self._enqueue(parent)
+        return held
 
     def _enqueue(self, node: int) -> None:
         nodes = self._tree.nodes
@@ -110,4 +129,3 @@ class Pins:
     def _count(self, node: int, sign: int) -> None:
         self.evictable_tokens += sign * self._tree.nodes.length[node]
         self.evictable_blocks += sign * self._tree.own_blocks(node)
-        self.evictable_nodes += sign

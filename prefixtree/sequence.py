@@ -9,6 +9,7 @@ from prefixtree.columns import Int32s, Int64s
 
 if TYPE_CHECKING:
     from prefixtree.cache import PrefixCache
+    from prefixtree.tree import Namespace
 
 
 class Sequence:
@@ -17,14 +18,30 @@ class Sequence:
     Made by `PrefixCache.open` and `fork`. After `close` every call raises `SequenceClosed`.
     """
 
-    __slots__ = ("_cache", "_serial", "_tail", "cached_len", "fork_len")
+    __slots__ = (
+        "_cache",
+        "_namespace",
+        "_preempted",
+        "_serial",
+        "_tail",
+        "cached_len",
+        "fork_len",
+    )
 
     def __init__(
-        self, cache: PrefixCache, tail: int, serial: int, cached_len: int, fork_len: int
+        self,
+        cache: PrefixCache,
+        tail: int,
+        serial: int,
+        namespace: Namespace,
+        cached_len: int,
+        fork_len: int,
     ) -> None:
         self._cache = cache
         self._tail = tail
         self._serial = serial
+        self._namespace = namespace
+        self._preempted: Int32s | None = None  # its tokens, while it is preempted
         self.cached_len = cached_len
         """Tokens whose KV was there when the sequence was opened or forked."""
         self.fork_len = fork_len
@@ -43,6 +60,10 @@ class Sequence:
     @property
     def is_open(self) -> bool:
         return self._cache._is_open(self)
+
+    @property
+    def is_preempted(self) -> bool:
+        return self._preempted is not None
 
     def tokens(self) -> Int32s:
         """A copy of all its tokens, int32 [len]. O(len)."""
@@ -83,6 +104,22 @@ class Sequence:
         """
         self._cache._rollback(self, count)
 
+    def preempt(self) -> None:
+        """Gives up its pins and all that is uncommitted, to make room for others.
+
+        Its committed KV stays, evictable. Until `resume` every other call but `close` raises
+        `SequenceClosed`. O(len).
+        """
+        self._cache._preempt(self)
+
+    def resume(self) -> None:
+        """Goes on after `preempt`, as if opened anew with all its tokens.
+
+        `cached_len` says what is still there; the rest is to be computed again. All or nothing:
+        raises `OutOfBlocks` and stays preempted. Raises `NotPreempted`.
+        """
+        self._cache._resume(self)
+
     def close(self) -> None:
         """Ends the sequence. Its committed KV stays, evictable, for the next match. O(depth)."""
         self._cache._close(self)
@@ -96,10 +133,10 @@ class Sequence:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.is_open:
+        if self.is_open or self.is_preempted:
             self.close()
 
     def __repr__(self) -> str:
         if not self.is_open:
-            return "<Sequence closed>"
+            return f"<Sequence {'preempted' if self.is_preempted else 'closed'}>"
         return f"<Sequence {len(self)} tokens, {self.committed} committed>"

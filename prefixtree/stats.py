@@ -13,6 +13,7 @@ class Counters:
     forks: int = 0
     rollbacks: int = 0
     closes: int = 0
+    preemptions: int = 0
     query_tokens: int = 0
     hit_tokens: int = 0
 
@@ -40,6 +41,7 @@ class Stats:
     """Sequences made by fork."""
     rollbacks: int
     closes: int
+    preemptions: int
     query_tokens: int
     """Prompt tokens of all opened sequences."""
     hit_tokens: int

@@ -17,15 +17,31 @@ are brought up to date when a walk comes by.
 from __future__ import annotations
 
 import sys
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
 from prefixtree.columns import Column, Columns, Int32s, Int64s
+from prefixtree.errors import InvalidNamespace
 from prefixtree.ragged import RaggedInts
 from prefixtree.tokens import common_prefix
 
 ROOT = 0
+
+Namespace: TypeAlias = "str | tuple[str | int | None, ...]"
+"""Who may share: sequences of different namespaces never match each other."""
+
+DEFAULT: Namespace = ""
+
+
+def as_namespace(value: Namespace) -> Namespace:
+    """Raises `InvalidNamespace` for what is neither a string nor a tuple of str, int and None."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple) and all(isinstance(v, (str, int, type(None))) for v in value):
+        return value
+    raise InvalidNamespace(f"namespace must be a str or a tuple of str, int, None, got {value!r}")
 
 
 class NodeTable(Columns):
@@ -70,8 +86,17 @@ class Place(NamedTuple):
         return self.consumed + self.within
 
 
+NOWHERE = Place(ROOT, 0, -1, 0)
+"""Where a walk ends in a namespace that holds nothing."""
+
+
 class RadixTree:
-    """Nodes by number; node 0 is the root, which is empty and always there."""
+    """Nodes by number. Node 0 is the root: empty, always there, on top of the default namespace.
+
+    Every other namespace has a root of its own: an empty node below the root that no walk from
+    elsewhere finds. Apart from being empty it is a node like others, pinned by those in use below
+    and evicted when nothing is left there.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -83,7 +108,9 @@ class RadixTree:
         # One dict for all edges, (node, first token of the child) -> child, both in one int: a
         # million nodes are then one container for the garbage collector, not a million.
         self._child: dict[int, int] = {}
-        self.add(ROOT, writer=0)
+        self._root_of: dict[Namespace, int] = {}
+        self._namespace_of: dict[int, Namespace] = {}
+        self.add_root(DEFAULT)
 
     def add(self, parent: int, writer: int) -> int:
         """An empty, unlinked, unpinned node behind `parent`. O(1)."""
@@ -108,6 +135,47 @@ class RadixTree:
         ):
             column[node] = 0
         return node
+
+    def add_root(self, namespace: Namespace) -> int:
+        """A root for a namespace that has none, unpinned. O(1)."""
+        node = self.add(ROOT, writer=0)
+        self.nodes.linked[node] = 1
+        self._root_of[namespace] = node
+        self._namespace_of[node] = namespace
+        return node
+
+    def root_of(self, namespace: Namespace) -> int:
+        """The root of a namespace, or -1 when nothing is in it."""
+        return self._root_of.get(namespace, -1)
+
+    @property
+    def num_roots(self) -> int:
+        return len(self._root_of)
+
+    def root_above(self, node: int) -> int:
+        """The root of the namespace that the node is in. O(depth)."""
+        while node not in self._namespace_of:
+            node = self.nodes.parent[node]
+        return node
+
+    def below(self, top: int) -> Int64s:
+        """The linked nodes below `top`, deepest first. O(nodes * depth), vectorised."""
+        nodes = self.nodes
+        parents = np.asarray(nodes.parent)
+        linked = np.flatnonzero(np.asarray(nodes.length))
+        inside = np.zeros(len(parents), np.bool_)
+        level = linked[parents[linked] == top]
+        while len(level):
+            inside[level] = True
+            level = linked[inside[parents[linked]] & ~inside[linked]]
+        found = np.flatnonzero(inside)
+        return found[np.argsort(-np.asarray(nodes.start)[found], kind="stable")]
+
+    def is_root(self, node: int) -> bool:
+        return node in self._namespace_of
+
+    def roots(self) -> Iterator[tuple[Namespace, int]]:
+        return iter(self._root_of.items())
 
     def end(self, node: int) -> int:
         """Position behind the node's last committed token."""
@@ -216,7 +284,7 @@ class RadixTree:
         nodes = self.nodes
         parent = nodes.parent[node]
         return (
-            parent != ROOT
+            nodes.length[parent] > 0
             and nodes.children[parent] == 1
             and nodes.pins[parent] == nodes.pins[node]
             and not nodes.writer[node]
@@ -288,7 +356,9 @@ class RadixTree:
         """Takes a leaf or an unlinked tail out; returns the blocks to let go."""
         nodes = self.nodes
         held = self.blocks.get(node).copy()
-        if nodes.linked[node]:
+        if node in self._namespace_of:
+            del self._root_of[self._namespace_of.pop(node)]
+        elif nodes.linked[node]:
             parent = nodes.parent[node]
             del self._child[parent << 32 | self._first_token(node)]
             nodes.children[parent] -= 1
@@ -312,6 +382,7 @@ class RadixTree:
         self.tail_tokens.clear(node)
         self.tokens[node] = b""
         self.nodes.writer[node] = 0  # handles and batches see from it that a sequence has ended
+        self.nodes.length[node] = 0
         self.nodes.free(node)
 
     def _first_token(self, node: int) -> int:

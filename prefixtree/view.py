@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixtree.tree import ROOT, RadixTree
+from prefixtree.tree import DEFAULT, Namespace, RadixTree
 
 Decode = Callable[[list[int]], str]
 
@@ -32,12 +32,18 @@ class NodeView:
 class TreeView:
     """A picture of the tree; later changes of the cache do not show in it."""
 
-    root: NodeView
+    roots: dict[Namespace, NodeView]
+    """The empty node on top of each namespace that holds anything, and of the default one."""
+
+    @property
+    def root(self) -> NodeView:
+        """That of the default namespace."""
+        return self.roots[DEFAULT]
 
     @classmethod
     def of(cls, tree: RadixTree) -> TreeView:
         nodes = tree.nodes
-        linked = [int(node) for node in tree.nodes.rows() if nodes.linked[node]]
+        linked = [int(node) for node in tree.nodes.rows() if nodes.length[node]]
         # Deepest first, so that a node's children are there before it.
         linked.sort(key=lambda node: nodes.start[node], reverse=True)
         below: dict[int, list[NodeView]] = {}
@@ -51,11 +57,16 @@ class TreeView:
                 children=_by_first_token(below.pop(node, [])),
             )
             below.setdefault(nodes.parent[node], []).append(view)
-        return cls(NodeView((), 0, (), 0, 0, _by_first_token(below.pop(ROOT, []))))
+        return cls(
+            {
+                namespace: NodeView((), 0, (), 0, 0, _by_first_token(below.pop(root, [])))
+                for namespace, root in tree.roots()
+            }
+        )
 
     def __iter__(self) -> Iterator[NodeView]:
-        """All nodes but the root, depth first."""
-        waiting = list(reversed(self.root.children))
+        """All nodes but the roots, depth first, namespace after namespace."""
+        waiting = [node for root in self.roots.values() for node in root.children][::-1]
         while waiting:
             node = waiting.pop()
             yield node
@@ -72,18 +83,20 @@ class TreeView:
         `decode` turns token ids into text; without it the ids are shown. Lines are cut to `width`;
         of more than `max_children` children the most hit are shown and the rest is counted.
         """
-        lines = ["root"]
-        # (node or text, indentation of its line, of the lines below it)
-        waiting = _lines_below(self.root, "", max_children)[::-1]
-        while waiting:
-            node, head, indent = waiting.pop()
-            if isinstance(node, str):
-                lines.append(head + node)
-                continue
-            label = f"{head}{len(node.tokens)} tokens  pins {node.pins}  hits {node.hits}  "
-            room = width - len(label)
-            lines.append((label + _excerpt(node.tokens, decode, room)).rstrip())
-            waiting.extend(_lines_below(node, indent, max_children)[::-1])
+        lines = []
+        for namespace, root in self.roots.items():
+            lines.append(f"namespace {namespace!r}" if namespace else "root")
+            # (node or text, indentation of its line, of the lines below it)
+            waiting = _lines_below(root, "", max_children)[::-1]
+            while waiting:
+                node, head, indent = waiting.pop()
+                if isinstance(node, str):
+                    lines.append(head + node)
+                    continue
+                label = f"{head}{len(node.tokens)} tokens  pins {node.pins}  hits {node.hits}  "
+                room = width - len(label)
+                lines.append((label + _excerpt(node.tokens, decode, room)).rstrip())
+                waiting.extend(_lines_below(node, indent, max_children)[::-1])
         return "\n".join(lines)
 
 

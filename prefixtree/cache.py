@@ -331,7 +331,7 @@ class PrefixCache:
         needed = self._blocks_behind(place, prompt)
         self._require(needed, kept=self._evictable_at(place))
         if place is NOWHERE:
-            place = NOWHERE._replace(node=self._pins.add_root(namespace))
+            place = NOWHERE._replace(node=self._tree.add_root(namespace))
         node = self._tails.land(place)
         self._pins.pin(node)
         self._free_up(needed)
@@ -395,7 +395,9 @@ class PrefixCache:
             raise InvalidBatch("the batch belongs to another cache")
         closed = np.asarray(self._tree.nodes.writer)[batch.tails] != batch.serials
         if closed.any():
-            raise SequenceClosed(f"sequence {int(closed.argmax())} of the batch is closed")
+            at = int(closed.argmax())
+            state = "preempted" if batch.sequences[at].is_preempted else "closed"
+            raise SequenceClosed(f"sequence {at} of the batch is {state}")
 
     # What the handles of `sequence` call.
 

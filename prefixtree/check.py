@@ -137,4 +137,5 @@ def _check_pins(tree: RadixTree, pins: Pins, nodes: list[int], ends: list[int]) 
         f"{pins.evictable_blocks} evictable blocks, recount {blocks}",
     )
     leaves = {node for node in evictable if not tree.nodes.children[node]}
+    _expect(not any(map(tree.is_root, leaves)), "a namespace without anything in it has a root")
     _expect(pins.check_order() == leaves, "the eviction order is not the unpinned leaves")

@@ -6,7 +6,7 @@ import numpy as np
 
 from allocator import EvictionOrder, EvictionPolicy, Usage
 from prefixtree.columns import Int32s, Int64s
-from prefixtree.tree import ROOT, Namespace, RadixTree
+from prefixtree.tree import ROOT, RadixTree
 
 
 class Pins:
@@ -25,19 +25,13 @@ class Pins:
         self.evicted_tokens = 0
         self.evicted_nodes = 0
 
-    def add_root(self, namespace: Namespace) -> int:
-        """`RadixTree.add_root`, in the order until something is put below it and pinned."""
-        node = self._tree.add_root(namespace)
-        self._enqueue(node)
-        return node
-
     def pin(self, node: int, by: int = 1) -> None:
         """Pins the path to `node` for `by` more sequences. O(depth)."""
         nodes = self._tree.nodes
         while node != ROOT:
             if not nodes.pins[node]:
                 self._count(node, -1)
-                if not nodes.children[node]:
+                if not nodes.children[node] and not self._tree.is_root(node):
                     self._order.discard(node)
             nodes.pins[node] += by
             nodes.uses[node] += by
@@ -48,13 +42,14 @@ class Pins:
         nodes = self._tree.nodes
         self._tick += 1
         while node != ROOT:
+            parent = nodes.parent[node]
             nodes.pins[node] -= 1
             if not nodes.pins[node]:
                 nodes.last_used[node] = self._tick
                 self._count(node, 1)
                 if not nodes.children[node]:
-                    self._enqueue(node)
-            node = nodes.parent[node]
+                    self._end_of_use(node)
+            node = parent
 
     def split(self, node: int, length: int) -> tuple[int, int]:
         """`RadixTree.split` of a node that may be in the order."""
@@ -113,8 +108,15 @@ class Pins:
         self.evicted_nodes += 1
         held = self._tree.remove(node)
         if parent != ROOT and not nodes.pins[parent] and not nodes.children[parent]:
-            self._enqueue(parent)
+            self._end_of_use(parent)
         return held
+
+    def _end_of_use(self, leaf: int) -> None:
+        """The leaf may go; the root of a namespace, which holds nothing, goes at once."""
+        if self._tree.is_root(leaf):
+            self._tree.remove(leaf)
+        else:
+            self._enqueue(leaf)
 
     def _enqueue(self, node: int) -> None:
         nodes = self._tree.nodes

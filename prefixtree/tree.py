@@ -94,8 +94,8 @@ class RadixTree:
     """Nodes by number. Node 0 is the root: empty, always there, on top of the default namespace.
 
     Every other namespace has a root of its own: an empty node below the root that no walk from
-    elsewhere finds. Apart from being empty it is a node like others, pinned by those in use below
-    and evicted when nothing is left there.
+    elsewhere finds. It is pinned by the sequences below like any node, and goes when nothing is
+    left below it.
     """
 
     def __init__(self, block_size: int) -> None:

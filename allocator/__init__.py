@@ -17,15 +17,20 @@ from allocator.errors import (
     OutOfBlocks,
     SlotOutOfRange,
 )
-from allocator.eviction import LRU, EvictionOrder, EvictionPolicy, Usage, make_policy
+from allocator.eviction import EvictionOrder
 from allocator.extents import FreeExtents
+from allocator.policies import FIFO, LFU, LRU, MRU, SLRU, EvictionPolicy, Usage, make_policy
 from allocator.pool import BlockPool
 
 if TYPE_CHECKING:
     from allocator.storage import KVStorage
 
 __all__ = [
+    "FIFO",
+    "LFU",
     "LRU",
+    "MRU",
+    "SLRU",
     "AllocatorError",
     "BlockPool",
     "BrokenInvariant",

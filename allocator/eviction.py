@@ -1,62 +1,13 @@
-"""Eviction order: which of the items that may go goes first."""
+"""The order in which items are evicted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator
 
 from sortedcontainers import SortedList
 
 from allocator.errors import InvalidArgument
-
-
-class Usage(NamedTuple):
-    """What a policy may look at of an item."""
-
-    last_used: int  # the tick of its last use; ticks only grow
-    uses: int
-    tokens: int  # how many it holds
-    start: int  # position of its first token in its path
-
-
-@runtime_checkable
-class EvictionPolicy(Protocol):
-    """Says where an item stands in the eviction order."""
-
-    @property
-    def name(self) -> str: ...
-
-    def key(self, usage: Usage) -> int | float:
-        """The smallest key is evicted first. It must not be NaN."""
-        ...
-
-
-class LRU:
-    """Least recently used first."""
-
-    name = "lru"
-
-    def key(self, usage: Usage) -> int:
-        return usage.last_used
-
-
-_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU}
-
-
-def make_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """The policy of that name, or `policy` itself when it is one.
-
-    Raises InvalidArgument, a ValueError, for anything else, listing the known names.
-    """
-    if isinstance(policy, str) and policy in _POLICIES:
-        return _POLICIES[policy]()
-    # A class has the attributes of its instances, but its `key` is not bound.
-    if isinstance(policy, EvictionPolicy) and not isinstance(policy, type):
-        return policy
-    known = ", ".join(map(repr, _POLICIES))
-    raise InvalidArgument(
-        f"eviction policy is {policy!r}, expected one of {known} or an object with name and key"
-    )
+from allocator.policies import EvictionPolicy, Key, Usage
 
 
 class EvictionOrder:
@@ -69,8 +20,8 @@ class EvictionOrder:
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
-        self._key: dict[int, int | float] = {}
-        self._order: SortedList[tuple[int | float, int]] = SortedList()
+        self._key: dict[int, Key] = {}
+        self._order: SortedList[tuple[Key, int]] = SortedList()
 
     def __len__(self) -> int:
         return len(self._key)

@@ -122,6 +122,7 @@ class Pins:
         nodes = self._tree.nodes
         usage = Usage(
             last_used=nodes.last_used[node],
+            created=nodes.created[node],
             uses=nodes.uses[node],
             tokens=nodes.length[node],
             start=nodes.start[node],

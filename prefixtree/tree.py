@@ -58,6 +58,7 @@ class NodeTable(Columns):
         "writer": "q",
         "pins": "i",
         "last_used": "q",
+        "created": "q",
         "uses": "q",
     }
     parent: Column
@@ -70,6 +71,7 @@ class NodeTable(Columns):
     writer: Column  # serial number of the sequence whose tail this is, else 0
     pins: Column  # open sequences whose path passes through
     last_used: Column  # tick at which the last pin went
+    created: Column  # a number that grows from node to node
     uses: Column  # pins ever
 
 
@@ -105,6 +107,7 @@ class RadixTree:
         self.blocks = RaggedInts()
         self.tail_tokens = RaggedInts()
         self.cached_tokens = 0  # in linked nodes
+        self._made = 0
         # One dict for all edges, (node, first token of the child) -> child, both in one int: a
         # million nodes are then one container for the garbage collector, not a million.
         self._child: dict[int, int] = {}
@@ -123,6 +126,8 @@ class RadixTree:
         nodes.parent[node] = parent
         nodes.start[node] = 0 if node == ROOT else self.end(parent)
         nodes.writer[node] = writer
+        self._made += 1
+        nodes.created[node] = self._made
         for column in (
             nodes.children,
             nodes.length,
@@ -257,7 +262,14 @@ class RadixTree:
         nodes = self.nodes
         edge = self.edge(node)
         upper = self.add(nodes.parent[node], writer=0)
-        for column in (nodes.offset, nodes.shares_first, nodes.pins, nodes.last_used, nodes.uses):
+        for column in (
+            nodes.offset,
+            nodes.shares_first,
+            nodes.pins,
+            nodes.last_used,
+            nodes.created,
+            nodes.uses,
+        ):
             column[upper] = column[node]
         nodes.length[upper] = length
         nodes.linked[upper] = 1

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocator import LRU, EvictionOrder, EvictionPolicy, InvalidArgument, Usage, make_policy
+from allocator import (
+    FIFO,
+    LFU,
+    LRU,
+    MRU,
+    SLRU,
+    EvictionOrder,
+    EvictionPolicy,
+    InvalidArgument,
+    Usage,
+    make_policy,
+)
 
 
 class Density:
@@ -23,6 +34,7 @@ class Density:
 usages = st.builds(
     Usage,
     last_used=st.integers(0, 6),
+    created=st.integers(0, 6),
     uses=st.integers(0, 3),
     tokens=st.integers(1, 4),
     start=st.integers(0, 100),
@@ -30,13 +42,20 @@ usages = st.builds(
 
 
 def used_at(tick: int) -> Usage:
-    return Usage(last_used=tick, uses=1, tokens=1, start=0)
+    return Usage(last_used=tick, created=0, uses=1, tokens=1, start=0)
 
 
 @pytest.mark.parametrize(
     ("policy", "key"),
-    [(LRU(), lambda u: u.last_used), (Density(), lambda u: u.uses / u.tokens)],
-    ids=["lru", "density"],
+    [
+        (LRU(), lambda u: u.last_used),
+        (MRU(), lambda u: -u.last_used),
+        (FIFO(), lambda u: u.created),
+        (LFU(), lambda u: (u.uses, u.last_used)),
+        (SLRU(), lambda u: (u.uses != 0, u.last_used)),
+        (Density(), lambda u: u.uses / u.tokens),
+    ],
+    ids=["lru", "mru", "fifo", "lfu", "slru", "density"],
 )
 @given(data=st.data())
 def test_any_sequence_of_changes(
@@ -179,6 +198,8 @@ class Nameless:
 
 @pytest.mark.parametrize("wrong", ["lfru", "LRU", "", None, 3, LRU, Nameless()])
 def test_anything_else_is_refused_with_the_known_names(wrong) -> None:
-    with pytest.raises(ValueError, match="expected one of 'lru' or an object") as error:
+    with pytest.raises(
+        ValueError, match="one of 'lru', 'mru', 'fifo', 'lfu', 'slru' or an object"
+    ) as error:
         make_policy(wrong)
     assert repr(wrong) in str(error.value)

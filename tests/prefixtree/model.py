@@ -1,21 +1,40 @@
 """What a prefix cache must answer, from a dictionary of paths and lists of tokens.
 
 The model knows no blocks, no nodes and no order of eviction. It keeps every committed prefix as a
-tuple of tokens, and every open sequence as a list. It predicts matches, lengths and errors. What an
-eviction took is learned from the cache afterwards (`forget`) and judged here.
+namespace and a tuple of tokens, and every open sequence as a list. It predicts matches, lengths,
+errors and what `forget` drops. What an eviction took is learned from the cache afterwards (`lose`)
+and judged here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-Path = tuple[int, ...]
+Namespace = str | tuple[str | int | None, ...]
 
 
-def prefixes(path: Sequence[int]) -> list[Path]:
-    """All prefixes of the path but the empty one, shortest first."""
-    return [tuple(path[:stop]) for stop in range(1, len(path) + 1)]
+class Path(NamedTuple):
+    """Tokens from the first on, in a namespace."""
+
+    namespace: Namespace
+    tokens: tuple[int, ...]
+
+    def starts_with(self, other: Path) -> bool:
+        return (
+            self.namespace == other.namespace and self.tokens[: len(other.tokens)] == other.tokens
+        )
+
+
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """The paths in an order that is always the same: namespaces do not compare."""
+    return sorted(paths, key=lambda path: (repr(path.namespace), path.tokens))
+
+
+def prefixes(namespace: Namespace, tokens: Sequence[int]) -> list[Path]:
+    """All prefixes of these tokens but the empty one, shortest first."""
+    return [Path(namespace, tuple(tokens[:stop])) for stop in range(1, len(tokens) + 1)]
 
 
 def common_length(left: Sequence[int], right: Sequence[int]) -> int:
@@ -33,8 +52,8 @@ class Use:
     """When a committed token was used last.
 
     A use may be counted when a prompt matches it or when it is committed, and a cache is free to
-    count the other calls of a sequence that holds it too. So the last use lies in an interval, and
-    two of them are in order only when their intervals do not meet.
+    count the other calls of a sequence or a pin that holds it too. So the last use lies in an
+    interval, and two of them are in order only when their intervals do not meet.
     """
 
     surely: int
@@ -43,12 +62,15 @@ class Use:
 
 @dataclass(eq=False)
 class ModelSequence:
+    namespace: Namespace
     tokens: list[int]
     prompt_len: int
     cached_len: int
     committed: int
     fork_len: int = 1
     is_open: bool = True
+    runs: int = 1
+    """How often it was opened: once, and once more with every resume."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,6 +79,22 @@ class ModelSequence:
     def uncommitted(self) -> int:
         return len(self.tokens) - self.committed
 
+    @property
+    def path(self) -> Path:
+        return Path(self.namespace, tuple(self.tokens))
+
+    @property
+    def held(self) -> list[Path]:
+        """The committed paths that it keeps while it is open."""
+        return prefixes(self.namespace, self.tokens[: self.committed])
+
+
+class Forgetting(NamedTuple):
+    """What a call of `forget` drops, and what it should drop but somebody holds."""
+
+    gone: set[Path]
+    kept: set[Path]
+
 
 class ModelCache:
     """Never runs out of memory and never forgets by itself."""
@@ -64,6 +102,7 @@ class ModelCache:
     def __init__(self) -> None:
         self.uses: dict[Path, Use] = {}
         self.sequences: list[ModelSequence] = []
+        self.pins: list[Path] = []
         self.clock = 0
 
     @property
@@ -71,82 +110,127 @@ class ModelCache:
         """Every committed prefix."""
         return self.uses.keys()
 
-    def cached(self, tokens: Sequence[int]) -> int:
+    def cached(self, namespace: Namespace, tokens: Sequence[int]) -> int:
         length = 0
-        while length < len(tokens) and tuple(tokens[: length + 1]) in self.uses:
+        while length < len(tokens) and Path(namespace, tuple(tokens[: length + 1])) in self.uses:
             length += 1
         return length
 
-    def pending(self, tokens: Sequence[int]) -> int:
+    def pending(self, namespace: Namespace, tokens: Sequence[int]) -> int:
         """Tokens right behind the cached ones that are in an open sequence's prompt."""
-        prompts = [sequence.tokens[: sequence.prompt_len] for sequence in self.sequences]
-        return max(
-            [0, *(common_length(tokens, prompt) - self.cached(tokens) for prompt in prompts)]
-        )
+        prompts = [
+            sequence.tokens[: sequence.prompt_len]
+            for sequence in self.sequences
+            if sequence.namespace == namespace
+        ]
+        cached = self.cached(namespace, tokens)
+        return max([0, *(common_length(tokens, prompt) - cached for prompt in prompts)])
 
     def leaves(self) -> list[Path]:
         """The paths that no other path continues, in a fixed order."""
-        inner = {path[:-1] for path in self.uses}
-        return sorted(path for path in self.uses if path not in inner)
+        inner = {Path(namespace, tokens[:-1]) for namespace, tokens in self.uses}
+        return in_order(path for path in self.uses if path not in inner)
 
     def pinned(self) -> set[Path]:
-        return {
-            path
-            for sequence in self.sequences
-            for path in prefixes(sequence.tokens[: sequence.committed])
-        }
+        """The paths that open sequences and pins hold."""
+        held = {path for sequence in self.sequences for path in sequence.held}
+        return held.union(*(prefixes(*pin) for pin in self.pins))
 
-    def open(self, tokens: Sequence[int]) -> ModelSequence:
-        cached = self.cached(tokens)
-        sequence = ModelSequence(list(tokens), len(tokens), cached, cached)
+    def open(self, namespace: Namespace, tokens: Sequence[int]) -> ModelSequence:
+        cached = self.cached(namespace, tokens)
+        sequence = ModelSequence(namespace, list(tokens), len(tokens), cached, cached)
         self.sequences.append(sequence)
-        self._use(sequence, surely_from=0)
+        self._use(sequence.held, surely_from=0)
         return sequence
 
     def append(self, sequence: ModelSequence, tokens: Iterable[int]) -> None:
         sequence.tokens.extend(tokens)
-        self._use(sequence)
+        self._use(sequence.held)
 
     def commit(self, sequence: ModelSequence, length: int) -> None:
         before, sequence.committed = sequence.committed, length
-        self._use(sequence, surely_from=before)
+        self._use(sequence.held, surely_from=before)
 
     def fork(self, sequence: ModelSequence, count: int) -> list[ModelSequence]:
         length = len(sequence)
         sequence.fork_len = length
         forks = [
-            ModelSequence(list(sequence.tokens), length, length, length, fork_len=length)
+            ModelSequence(
+                sequence.namespace, list(sequence.tokens), length, length, length, fork_len=length
+            )
             for _ in range(count)
         ]
         self.sequences.extend(forks)
-        self._use(sequence)
+        self._use(sequence.held)
         return forks
 
     def rollback(self, sequence: ModelSequence, count: int) -> None:
-        self._use(sequence)
+        self._use(sequence.held)
         length = len(sequence) - count
         del sequence.tokens[length:]
         sequence.committed = min(sequence.committed, length)
         sequence.prompt_len = min(sequence.prompt_len, length)
 
     def close(self, sequence: ModelSequence) -> None:
-        self._use(sequence)
+        """Ends a sequence that is open; to close a preempted one changes nothing here."""
+        self._use(sequence.held)
         sequence.is_open = False
         self.sequences.remove(sequence)
 
-    def forget(self, remaining: set[Path], keep: Sequence[int] = ()) -> set[Path]:
-        """Keeps only the paths that the cache still has, and returns those that went.
+    def preempt(self, sequence: ModelSequence) -> None:
+        self.close(sequence)
 
-        Fails when the cache had no right to let one of them go: because an open sequence or the
-        call itself (`keep`) holds it, because a longer path is still there, or because a leaf that
-        was surely used before it, and that nobody held, stayed.
+    def resume(self, sequence: ModelSequence) -> None:
+        """As if opened anew with all its tokens, which are its prompt now."""
+        cached = self.cached(*sequence.path)
+        sequence.prompt_len = len(sequence)
+        sequence.cached_len = sequence.committed = cached
+        sequence.is_open = True
+        sequence.runs += 1
+        self.sequences.append(sequence)
+        self._use(sequence.held, surely_from=0)
+
+    def pin(self, path: Path) -> Path:
+        """Keeps what is cached of the path, and returns that."""
+        namespace, tokens = path
+        pin = Path(namespace, tokens[: self.cached(namespace, tokens)])
+        self.pins.append(pin)
+        self._use(prefixes(*pin))
+        return pin
+
+    def unpin(self, pin: Path) -> None:
+        self._use(prefixes(*pin))
+        self.pins.remove(pin)
+
+    def forget(self, top: Path) -> Forgetting:
+        """Drops all strictly behind the path `top` that nobody holds.
+
+        The empty path stands for the whole namespace. Behind a path that is not cached there is
+        nothing. Forgetting is no use: the paths that stay are as old as before.
+        """
+        behind = {path for path in self.uses if path != top and path.starts_with(top)}
+        kept = behind & self.pinned()
+        for path in behind - kept:
+            del self.uses[path]
+        return Forgetting(behind - kept, kept)
+
+    def lose(self, remaining: set[Path], keep: Iterable[Path] = ()) -> set[Path]:
+        """Keeps only the paths that the cache still has after an eviction; returns those that went.
+
+        Fails when the cache had no right to let one of them go: because an open sequence, a pin or
+        the call itself (`keep`) holds it, because a longer path is still there, or because a leaf
+        that was surely used before it, and that nobody held, stayed.
         """
         evicted = set(self.uses) - remaining
-        pinned = self.pinned().union(prefixes(keep))
+        pinned = self.pinned().union(keep)
         assert remaining <= set(self.uses), "the cache has paths that nobody committed"
-        assert not evicted & pinned, f"evicted while pinned: {sorted(evicted & pinned)}"
-        orphans = {path for path in remaining if len(path) > 1 and path[:-1] not in remaining}
-        assert not orphans, f"evicted below the paths {sorted(orphans)}"
+        assert not evicted & pinned, f"evicted while pinned: {in_order(evicted & pinned)}"
+        orphans = {
+            path
+            for path in remaining
+            if len(path.tokens) > 1 and path._replace(tokens=path.tokens[:-1]) not in remaining
+        }
+        assert not orphans, f"evicted below the paths {in_order(orphans)}"
         spared = [leaf for leaf in self.leaves() if leaf in remaining and leaf not in pinned]
         for leaf in spared:
             for path in evicted:
@@ -157,10 +241,10 @@ class ModelCache:
         self.uses = {path: use for path, use in self.uses.items() if path in remaining}
         return evicted
 
-    def _use(self, sequence: ModelSequence, *, surely_from: int | None = None) -> None:
+    def _use(self, held: Iterable[Path], *, surely_from: int | None = None) -> None:
         self.clock += 1
-        for path in prefixes(sequence.tokens[: sequence.committed]):
+        for path in held:
             use = self.uses.setdefault(path, Use(self.clock, self.clock))
             use.maybe = self.clock
-            if surely_from is not None and len(path) > surely_from:
+            if surely_from is not None and len(path.tokens) > surely_from:
                 use.surely = self.clock

@@ -8,7 +8,7 @@ for all sequences of the twin. The cache itself does not notice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 import prefixtree as pt
 
-from .model import Path, prefixes
+from .model import Namespace, Path, prefixes
 
 
 def node_slots(forest: Any, node: int) -> list[int]:
@@ -104,6 +104,21 @@ class View:
     """Nodes with committed tokens."""
 
 
+class Twin:
+    """A cache made by a journal's calls, and what they made on it, in the order of making."""
+
+    def __init__(self, cache: pt.PrefixCache) -> None:
+        self.cache = cache
+        self.sequences: list[pt.Sequence] = []
+        self.pins: list[pt.Pin] = []
+
+    def open(self, path: Path) -> pt.Sequence:
+        return self.cache.open(path.tokens, namespace=path.namespace)
+
+    def cached(self, path: Path) -> int:
+        return self.cache.match(path.tokens, namespace=path.namespace).cached
+
+
 class Journal:
     """The successful calls that changed a cache, to be repeated on another one.
 
@@ -111,27 +126,32 @@ class Journal:
     original proves that one of those left a trace.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.calls: list[Callable[[pt.PrefixCache, list[pt.Sequence]], object]] = []
+    def __init__(self, make: Callable[[], pt.PrefixCache]) -> None:
+        self.make = make
+        self.calls: list[Callable[[Twin], object]] = []
 
-    def replay(self) -> tuple[pt.PrefixCache, list[pt.Sequence]]:
-        """A new cache in the same state, and all sequences ever made, in the order of making."""
-        cache = pt.PrefixCache(self.num_blocks, self.block_size)
-        sequences: list[pt.Sequence] = []
+    def replay(self) -> Twin:
+        """A new cache in the same state."""
+        twin = Twin(self.make())
         for call in self.calls:
-            call(cache, sequences)
-        return cache, sequences
+            call(twin)
+        return twin
 
 
-def look(twin: pt.PrefixCache, batch: list[pt.Sequence], leaves: Iterable[Path]) -> View:
+def look(
+    twin: Twin,
+    batch: list[pt.Sequence],
+    namespaces: Sequence[Namespace],
+    leaves: Sequence[Path],
+) -> View:
     """Finds the slot of every token, and checks that tokens lie on blocks as they must.
 
-    `batch` are all open sequences of the twin, `leaves` are the longest committed paths.
+    `batch` are all open sequences of the twin, `namespaces` are theirs, `leaves` are the longest
+    committed paths.
     """
     opened = len(batch)
-    batch = [*batch, *(twin.open(leaf) for leaf in leaves)]
+    batch = [*batch, *map(twin.open, leaves)]
+    namespaces = [*namespaces, *(leaf.namespace for leaf in leaves)]
     for sequence in batch[opened:]:
         assert sequence.cached_len == len(sequence)
     committed: dict[Path, int] = {}
@@ -140,15 +160,15 @@ def look(twin: pt.PrefixCache, batch: list[pt.Sequence], leaves: Iterable[Path])
         return View(committed, reserved, set(), 0)
 
     query_lens = [max(1, len(sequence) - sequence.committed) for sequence in batch]
-    forest = twin.forest(batch, query_lens=query_lens)
+    forest = twin.cache.forest(batch, query_lens=query_lens)
     check_forest(forest, batch, query_lens=query_lens)
     places: dict[int, set[tuple[Path, int]]] = defaultdict(set)
     nodes: set[int] = set()
     for index, sequence in enumerate(batch):
         slots = sequence.slots(0, len(sequence)).tolist()
-        for position, path in enumerate(prefixes(sequence.tokens().tolist())):
+        for position, path in enumerate(prefixes(namespaces[index], sequence.tokens().tolist())):
             slot = slots[position]
-            places[slot // twin.block_size].add((path, slot))
+            places[slot // twin.cache.block_size].add((path, slot))
             if position < sequence.committed:
                 assert committed.setdefault(path, slot) == slot, f"{path} is cached twice"
             else:
@@ -169,5 +189,6 @@ def look(twin: pt.PrefixCache, batch: list[pt.Sequence], leaves: Iterable[Path])
 def _check_block(block: int, tokens: list[tuple[Path, int]]) -> None:
     """The tokens of a block stand in order on one path: a branch starts on a block of its own."""
     for (path, slot), (below, next_slot) in pairwise(tokens):
-        assert below[: len(path)] == path, f"block {block} lies on two branches: {path}, {below}"
-        assert len(below) - len(path) == next_slot - slot, f"block {block} is out of order"
+        assert below.starts_with(path), f"block {block} lies on two branches: {path}, {below}"
+        further = len(below.tokens) - len(path.tokens)
+        assert further == next_slot - slot, f"block {block} is out of order"

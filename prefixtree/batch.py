@@ -27,6 +27,9 @@ class Batch:
     def __init__(self, cache: PrefixCache, sequences: Iterable[Sequence]) -> None:
         self.cache = cache
         self.sequences = tuple(sequences)
+        for member in self.sequences:
+            if not isinstance(member, Sequence):
+                raise InvalidBatch(f"a batch is made of sequences, got {member!r:.60}")
         if any(sequence._cache is not cache for sequence in self.sequences):
             raise InvalidBatch("a sequence of the batch belongs to another cache")
         serials = [sequence._serial for sequence in self.sequences]

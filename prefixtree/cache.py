@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from allocator import BlockPool, EvictionPolicy, OutOfBlocks, make_policy
+from allocator.errors import as_integer
 from prefixtree.batch import Batch
 from prefixtree.check import check
 from prefixtree.columns import Int32s, Int64s
@@ -78,6 +79,8 @@ class PrefixCache:
     The cache hands out slots and keeps track; the KV itself is written and read by the engine that
     embeds it. Sequences of different namespaces (model, adapter, tenant) never share anything.
 
+    Numbers that are no integers raise the allocator's `InvalidArgument`, here and in the handles.
+
     A reference count or a link found wrong raises at the call that found it (`BrokenInvariant`,
     `DoubleFree`, `ForeignBlock`); every call after that raises `CacheBroken`.
     """
@@ -133,6 +136,7 @@ class PrefixCache:
         An engine that admits only what leaves its running sequences room to grow preempts less.
         Changes nothing; raises as `match`, and `InvalidLength` for a negative watermark.
         """
+        watermark = as_integer("watermark", watermark)
         if watermark < 0:
             raise InvalidLength(f"watermark must be >= 0 blocks, got {watermark}")
         wanted = as_prompt(tokens)
@@ -280,6 +284,7 @@ class PrefixCache:
         Returns how many did, fewer when nothing is left to evict. Raises `InvalidLength` for a
         negative number. O(log leaves) a node.
         """
+        num_blocks = as_integer("num_blocks", num_blocks)
         if num_blocks < 0:
             raise InvalidLength(f"num_blocks must be >= 0, got {num_blocks}")
         return self._let_go(self._pins.evict(num_blocks))
@@ -427,6 +432,7 @@ class PrefixCache:
     @guarded
     def _slots(self, sequence: Sequence, start: int, stop: int) -> Int64s:
         tail = self._tail_of(sequence)
+        start, stop = as_integer("start", start), as_integer("stop", stop)
         if not 0 <= start <= stop <= self._tails.length(tail):
             raise SlotRange(
                 f"slots {start}..{stop} of a sequence of {self._tails.length(tail)} tokens"
@@ -436,6 +442,7 @@ class PrefixCache:
     @guarded
     def _commit(self, sequence: Sequence, length: int) -> None:
         tail = self._tail_of(sequence)
+        length = as_integer("length", length)
         committed, total = self._tree.end(tail), self._tails.length(tail)
         if not committed <= length <= total:
             raise InvalidLength(
@@ -449,6 +456,7 @@ class PrefixCache:
     @guarded
     def _fork(self, sequence: Sequence, count: int) -> list[Sequence]:
         tail = self._tail_of(sequence)
+        count = as_integer("count", count)
         if count < 1:
             raise InvalidLength(f"fork needs a count of at least 1, got {count}")
         length = self._tails.length(tail)
@@ -464,6 +472,7 @@ class PrefixCache:
     @guarded
     def _rollback(self, sequence: Sequence, count: int) -> None:
         tail = self._tail_of(sequence)
+        count = as_integer("count", count)
         length = self._tails.length(tail)
         if not 0 <= count < length:
             raise InvalidLength(f"rollback of {count} tokens of {length}: expected 0..{length - 1}")

@@ -326,3 +326,28 @@ def test_a_refused_call_does_not_split_a_node() -> None:
     forest = cache.forest([first])
     assert len(ancestry(forest, forest.leaf[0])) == 1
     assert cache.stats().nodes == 1
+
+
+@pytest.mark.parametrize("wrong", [1.0, "1", None, [1]], ids=repr)
+def test_numbers_that_are_no_integers_are_refused(cache: pt.PrefixCache, wrong: Any) -> None:
+    sequence = cache.open([5, 6, 7])
+    sequence.commit(2)
+    calls = [
+        lambda: sequence.commit(wrong),
+        lambda: sequence.rollback(wrong),
+        lambda: sequence.fork(wrong),
+        lambda: sequence.slots(wrong, 2),
+        lambda: sequence.slots(0, wrong),
+        lambda: cache.evict(wrong),
+        lambda: cache.can_open([1], watermark=wrong),
+    ]
+    for call in calls:
+        with nothing_changes(cache, sequence), pytest.raises(ValueError, match="integer"):
+            call()
+    cache.check()
+
+
+def test_a_batch_of_something_else_is_refused(cache: pt.PrefixCache) -> None:
+    sequence = cache.open([1, 2, 3])
+    with nothing_changes(cache, sequence), pytest.raises(pt.InvalidBatch, match="got 7"):
+        cache.batch([sequence, 7])

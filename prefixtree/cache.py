@@ -291,7 +291,7 @@ class PrefixCache:
 
     @guarded
     def clear(self) -> int:
-        """Evicts everything that no open sequence uses; returns the blocks that came free."""
+        """Evicts everything that no open sequence or pin holds; returns the blocks that came free."""
         return self.evict(self.num_blocks)
 
     @guarded
@@ -401,7 +401,10 @@ class PrefixCache:
         closed = np.asarray(self._tree.nodes.writer)[batch.tails] != batch.serials
         if closed.any():
             at = int(closed.argmax())
-            state = "preempted" if batch.sequences[at].is_preempted else "closed"
+            sequence = batch.sequences[at]
+            state = "preempted" if sequence.is_preempted else "closed"
+            if self._is_open(sequence):
+                state = "resumed since the batch was made"
             raise SequenceClosed(f"sequence {at} of the batch is {state}")
 
     # What the handles of `sequence` call.

@@ -36,7 +36,7 @@ class CacheBroken(PrefixTreeError, RuntimeError):
 
 
 class SequenceClosed(PrefixTreeError, RuntimeError):
-    """The sequence was closed before."""
+    """The sequence is closed, or preempted."""
 
 
 class NotCommitted(PrefixTreeError, RuntimeError):

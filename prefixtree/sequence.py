@@ -115,8 +115,8 @@ class Sequence:
     def resume(self) -> None:
         """Goes on after `preempt`, as if opened anew with all its tokens.
 
-        `cached_len` says what is still there; the rest is to be computed again. All or nothing:
-        raises `OutOfBlocks` and stays preempted. Raises `NotPreempted`.
+        `cached_len` says what is still there; the rest is to be computed again. `fork_len` stays.
+        All or nothing: raises `OutOfBlocks` and stays preempted. Raises `NotPreempted`.
         """
         self._cache._resume(self)
 

@@ -43,10 +43,11 @@ class Stats:
     closes: int
     preemptions: int
     query_tokens: int
-    """Prompt tokens of all opened sequences."""
+    """Prompt tokens of all opened sequences; a resume does not count again."""
     hit_tokens: int
     """Those of them whose KV was there."""
     evicted_tokens: int
+    """Those that were forgotten count, too."""
     evicted_nodes: int
 
     @property

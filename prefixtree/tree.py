@@ -39,7 +39,9 @@ def as_namespace(value: Namespace) -> Namespace:
     """Raises `InvalidNamespace` for what is neither a string nor a tuple of str, int and None."""
     if isinstance(value, str):
         return value
-    if isinstance(value, tuple) and all(isinstance(v, (str, int, type(None))) for v in value):
+    # As Python compares, True would be the same tenant as 1.
+    kinds = (str, int, type(None))
+    if isinstance(value, tuple) and all(type(part) in kinds for part in value):
         return value
     raise InvalidNamespace(f"namespace must be a str or a tuple of str, int, None, got {value!r}")
 
@@ -69,7 +71,7 @@ class NodeTable(Columns):
     shares_first: Column  # 1 when a node above holds the first block as well
     linked: Column  # 1 when walks find the node
     writer: Column  # serial number of the sequence whose tail this is, else 0
-    pins: Column  # open sequences whose path passes through
+    pins: Column  # open sequences, and pins for good, whose path passes through
     last_used: Column  # tick at which the last pin went
     created: Column  # a number that grows from node to node
     uses: Column  # pins ever

@@ -22,7 +22,7 @@ class NodeView:
     """Position of the first token in its path."""
     slots: tuple[int, ...]
     pins: int
-    """Open sequences whose path passes through."""
+    """Open sequences, and pins for good, whose path passes through."""
     hits: int
     """How often a sequence joined it: by a match, a fork, or the same tokens computed again."""
     children: tuple[NodeView, ...]

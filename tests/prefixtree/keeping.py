@@ -24,7 +24,6 @@ from .machine import (
     PinHandle,
     closed,
     few_tokens,
-    one_token,
     sequences,
     spaces,
     tokens,
@@ -188,18 +187,48 @@ class Keeping(Machine):
         return multiple(*self.resume(handle))
 
     @precondition(lambda self: self.preempted)
-    @rule(target=sequences, data=st.data(), space=spaces, token=one_token)
-    def resume_in_a_crowd(self, data: st.DataObject, space: int, token: int) -> Any:
-        """Another sequence takes all blocks there are, and goes again."""
+    @rule(target=sequences, data=st.data(), spare=st.sampled_from([0, 0, 1, 2]))
+    def resume_in_a_crowd(self, data: st.DataObject, spare: int) -> Any:
+        """Another sequence takes all blocks there are, or nearly all, and goes again."""
         handle = data.draw(st.sampled_from(self.preempted), label="preempted")
         stats = self.cache.stats()
-        blocks = stats.free_blocks + stats.evictable_blocks
-        crowd = self.open(self.path(space, [token] * max(1, blocks * self.block_size)))
+        blocks = stats.free_blocks + stats.evictable_blocks - spare
+        everything = Path("crowd", (0,) * (blocks * self.block_size))
+        crowd = self.open(everything) if blocks > 0 else []
+        self.check_all()
         resumed = self.resume(handle)
         for other in crowd:
-            self.check_all()
             self.shut(other)
         return multiple(*(resumed or self.resume(handle)))
+
+    @rule(target=sequences, handle=consumes(sequences), more=few_tokens)
+    def preempt_a_fork(self, handle: Handle, more: list[int]) -> Any:
+        """The fork comes back to what it shares with the sequence it was forked from."""
+        self.commit_one(handle, len(handle.model))
+        (fork,) = self.fork(handle, 1)
+        self.append([fork.real], [fork], [more])
+        self.preempt(fork)
+        self.check_all()
+        return multiple(handle, *self.resume(fork))
+
+    @rule(
+        target=sequences,
+        handle=consumes(sequences),
+        others=st.lists(sequences, max_size=2, unique=True),
+    )
+    def preempt_a_member_of_a_batch(self, handle: Handle, others: list[Handle]) -> Any:
+        """What a batch knows about a sequence ends with its preemption."""
+        members = [*others, handle]
+        batch = self.cache.batch([member.real for member in members])
+        self.preempt(handle)
+        resumed = self.resume(handle)
+        with self.refusal(SequenceClosed):
+            self.cache.append(batch, [0] * len(members))
+        with self.refusal(SequenceClosed):
+            self.cache.commit(batch)
+        with self.refusal(SequenceClosed):
+            self.cache.forest(batch)
+        return multiple(*resumed)
 
     @precondition(lambda self: self.preempted)
     @rule(target=closed, data=st.data())

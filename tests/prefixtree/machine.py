@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 
 import prefixtree as pt
 from allocator import OutOfBlocks
+from prefixtree.errors import NotPinned
 
 from .model import ModelCache, ModelSequence, Namespace, Path, in_order, prefixes
 from .observe import Journal, Twin, View, look
@@ -61,6 +62,10 @@ batches = Bundle("batches")
 unpinned = Bundle("unpinned")
 
 
+# Who reserved a slot: a sequence, and how often it had been opened by then.
+Holder = tuple[int, int]
+
+
 @dataclass(eq=False)
 class Handle:
     """A sequence of the cache and the model's."""
@@ -69,6 +74,10 @@ class Handle:
     model: ModelSequence
     index: int
     """Which of all sequences ever made it is."""
+
+    @property
+    def holder(self) -> Holder:
+        return self.index, self.model.runs
 
     def __repr__(self) -> str:
         return f"<{self.model.tokens} of {self.model.namespace!r} committed {self.model.committed}>"
@@ -177,7 +186,7 @@ class Machine(RuleBasedStateMachine):
         self.sequences_made = self.pins_made = 0
         self.kv: dict[int, Path] = {}
         self.view = View({}, {}, set(), 0)
-        self.holders: list[Handle] = []
+        self.holders: list[Holder] = []
         self.counted = dict.fromkeys(
             [
                 "query_tokens",
@@ -481,6 +490,17 @@ class Machine(RuleBasedStateMachine):
         self.model.rollback(handle.model, count)
         self.counted["rollbacks"] += 1
 
+    def fork(self, handle: Handle, count: int) -> list[Handle]:
+        free = self.cache.stats().free_blocks
+        real = handle.real.fork(count)
+        self.journal.calls.append(
+            lambda twin: twin.sequences.extend(twin.sequences[handle.index].fork(count))
+        )
+        models = self.model.fork(handle.model, count)
+        self.counted["forks"] += count
+        assert self.cache.stats().free_blocks == free
+        return list(map(self.handle, real, models))
+
     def preempt(self, handle: Handle) -> None:
         handle.real.preempt()
         self.journal.calls.append(lambda twin: twin.sequences[handle.index].preempt())
@@ -524,6 +544,8 @@ class Machine(RuleBasedStateMachine):
         self.model.unpin(pin.path)
         self.pins.remove(pin)
         assert self.cache.stats().free_blocks == free
+        with self.refusal(NotPinned):
+            pin.real.unpin()
 
     # What must hold after every rule, by the numbers of the design's list of invariants
 
@@ -539,7 +561,7 @@ class Machine(RuleBasedStateMachine):
             [handle.model.namespace for handle in self.handles],
             self.model.leaves(),
         )
-        self.holders = list(self.handles)
+        self.holders = [handle.holder for handle in self.handles]
         self.check_blocks()  # 1, 2
         self.check_kv()  # 3, 7
         self.check_nothing_moved(earlier, earlier_holders)
@@ -577,13 +599,13 @@ class Machine(RuleBasedStateMachine):
             namespace, tokens = self.handles[index].model.path
             assert self.kv[slot] == Path(namespace, tokens[: position + 1])
 
-    def check_nothing_moved(self, earlier: View, holders: list[Handle]) -> None:
+    def check_nothing_moved(self, earlier: View, holders: list[Holder]) -> None:
         """A token's slot changes at most once while its sequence is open: when its commit finds it
         in the tree already."""
         for path, slot in earlier.committed.items():
             assert self.view.committed.get(path, slot) == slot
         now = {
-            (handle, position): self.view.reserved[index, position]
+            (handle.holder, position): self.view.reserved[index, position]
             for index, handle in enumerate(self.handles)
             for position in range(handle.model.committed, len(handle.model))
         }

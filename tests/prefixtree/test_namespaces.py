@@ -78,7 +78,9 @@ def test_the_tree_shows_namespaces_apart() -> None:
     assert "namespace 'other'" in str(cache.tree())
 
 
-@pytest.mark.parametrize("wrong", [None, 1, 1.5, ["a"], b"a", ("a", 1.5), {"a": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [None, 1, 1.5, ["a"], b"a", ("a", 1.5), ("a", True), {"a": 1}], ids=repr
+)
 def test_a_namespace_of_the_wrong_type_is_refused(wrong: object) -> None:
     cache = PrefixCache(8, 4)
     for call in (cache.open, cache.match, cache.can_open, cache.pin, cache.forget):

@@ -178,24 +178,17 @@ class Caching(Keeping):
     # Forking and rolling back
 
     @rule(target=sequences, handle=sequences, count=st.integers(1, 4))
-    def fork(self, handle: Handle, count: int) -> Any:
+    def fork_one(self, handle: Handle, count: int) -> Any:
         if handle.model.uncommitted:
             with self.refusal(NotCommitted):
                 handle.real.fork(count)
             return multiple()
-        free = self.cache.stats().free_blocks
-        real = handle.real.fork(count)
-        self.journal.calls.append(
-            lambda twin: twin.sequences.extend(twin.sequences[handle.index].fork(count))
-        )
-        models = self.model.fork(handle.model, count)
-        self.counted["forks"] += count
-        assert self.cache.stats().free_blocks == free
+        forks = self.fork(handle, count)
         below_one = [InvalidLength] if len(handle.model) == 1 else []
-        for side in (handle.real, *real):
+        for side in (handle, *forks):
             with self.refusal(RollbackPastFork, *below_one):
-                side.rollback(1)
-        return multiple(*map(self.handle, real, models))
+                side.real.rollback(1)
+        return multiple(*forks)
 
     @rule(handle=sequences, token=one_token)
     def fork_uncommitted(self, handle: Handle, token: int) -> None:

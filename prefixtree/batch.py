@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Batch:
     """Open sequences of one cache; saves looking them up each step.
 
-    Made by `PrefixCache.batch`. Used with a sequence that was closed or preempted meanwhile, even if
-    it was resumed, it raises `SequenceClosed`.
+    Made by `PrefixCache.batch`. Used with a sequence that was closed or preempted meanwhile, even
+    if it was resumed, it raises `SequenceClosed`.
     """
 
     __slots__ = ("cache", "sequences", "serials", "tails")

@@ -291,7 +291,7 @@ class PrefixCache:
 
     @guarded
     def clear(self) -> int:
-        """Evicts everything that no open sequence or pin holds; returns the blocks that came free."""
+        """Evicts all that no open sequence or pin holds; returns the blocks that came free."""
         return self.evict(self.num_blocks)
 
     @guarded

@@ -225,8 +225,9 @@ class PrefixCache:
         batch = self._as_batch(batch)
         added = as_tokens(tokens)
         lens = batch.per_sequence(counts, 1, "counts")
-        if (lens < 0).any():
-            raise InvalidLength(f"counts must be >= 0, got {int(lens.min())}")
+        if (lens < 0).any() or (lens > len(added)).any():
+            wrong = int(lens[(lens < 0) | (lens > len(added))][0])
+            raise InvalidLength(f"counts must be 0..{len(added)}, the tokens given, got {wrong}")
         if lens.sum() != len(added):
             raise InvalidLength(f"{len(added)} tokens for counts that sum to {int(lens.sum())}")
         needed = int(self._tails.blocks_needed(batch.tails, lens).sum())
@@ -467,9 +468,9 @@ class PrefixCache:
             raise NotCommitted(
                 f"fork at {length} tokens, but only {self._tree.end(tail)} committed"
             )
+        tails = self._tails.fork(tail, count)
         self._counters.forks += count
         sequence.fork_len = length
-        tails = self._tails.fork(tail, count)
         return [self._handle(new, sequence._namespace, length, length) for new in tails]
 
     @guarded

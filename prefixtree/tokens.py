@@ -29,7 +29,7 @@ def as_tokens(tokens: TokensLike) -> Int32s:
     else:
         try:
             values = np.asarray(tokens.cpu() if hasattr(tokens, "cpu") else tokens)
-        except (TypeError, ValueError):  # torch's bfloat16, ragged objects
+        except (TypeError, ValueError, RuntimeError):  # torch's bfloat16 or meta, ragged objects
             raise InvalidTokens(f"tokens must be integers, got {tokens!r:.60}") from None
         if values.ndim != 1:
             raise InvalidTokens(

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all tokens are identical, 1 when one differs, 2 for input that cannot be used."""
+    # Threads that spin while they wait for each other stall on cores that another process uses as
+    # well: there both ways of generating take several times as long. OpenMP reads it with torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from prefixtree.demo.run import UnusableInput, run_demo
     except ModuleNotFoundError as error:

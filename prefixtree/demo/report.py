@@ -48,6 +48,7 @@ def comparison(mode: str, job: Job, plain: Outcome, shared: Outcome) -> str:
     """A table of what `plain` (transformers) and `shared` (prefixtree) took for the same tokens."""
     asked = f"{tokens_asked(job, plain):,}"
     same, total = agreement(plain, shared)
+    ratio = plain.seconds / shared.seconds
     rows = [
         (mode, "transformers", "prefixtree", ""),
         ("  tokens asked for", asked, asked, ""),
@@ -67,7 +68,7 @@ def comparison(mode: str, job: Job, plain: Outcome, shared: Outcome) -> str:
             "  time",
             f"{plain.seconds:.2f} s",
             f"{shared.seconds:.2f} s",
-            f"{plain.seconds / shared.seconds:.1f}x faster",
+            f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower",
         ),
         ("  identical new tokens", "", f"{same:,} of {total:,}", ""),
     ]

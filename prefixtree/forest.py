@@ -47,32 +47,35 @@ def build_forest(tree: RadixTree, tails: Int64s, kv_lens: Int64s, query_lens: In
     tail_lengths = kv_lens - starts[tails]
     leaves = np.where(tail_lengths > 0, tails, parents[tails])
 
-    index = np.full(len(parents), -1, np.int32)
+    # Place in the forest, counted from 1; 0 elsewhere, and again when this is done.
+    place = np.asarray(nodes.place)
     levels = [np.empty(0, np.int64)]
     level = leaves
     while len(level):
-        index[level] = 0
+        place[level] = 1
         level = np.unique(level)
         levels.append(level)
         level = parents[level]
-        level = level[(committed[level] > 0) & (index[level] < 0)]  # roots are empty
+        level = level[(committed[level] > 0) & (place[level] == 0)]  # roots are empty
     members = np.concatenate(levels)
     members = members[np.argsort(starts[members], kind="stable")]
-    index[members] = np.arange(len(members))
+    place[members] = np.arange(1, len(members) + 1)
+    parent, leaf = place[parents[members]] - 1, place[leaves] - 1
 
     lengths = committed[members]
     with_tail = tail_lengths > 0
-    lengths[index[tails[with_tail]]] = tail_lengths[with_tail]
+    lengths[leaf[with_tail]] = tail_lengths[with_tail]
+    place[members] = 0
     offsets = np.asarray(nodes.offset)[members]
     counts = -(-(offsets + lengths) // tree.block_size)
     return Forest(
         block_size=tree.block_size,
-        parent=index[parents[members]],
+        parent=parent,
         start=starts[members],
         length=lengths,
         offset=offsets,
         block_ptr=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
         blocks=tree.blocks.gather(members, counts),
-        leaf=index[leaves],
+        leaf=leaf,
         query_len=query_lens,
     )

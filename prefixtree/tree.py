@@ -62,6 +62,7 @@ class NodeTable(Columns):
         "last_used": "q",
         "created": "q",
         "uses": "q",
+        "place": "i",
     }
     parent: Column
     children: Column  # how many linked nodes hang below
@@ -75,6 +76,7 @@ class NodeTable(Columns):
     last_used: Column  # tick at which the last pin went
     created: Column  # a number that grows from node to node
     uses: Column  # pins ever
+    place: Column  # scratch of `build_forest`, 0 outside of it
 
 
 class Place(NamedTuple):

@@ -20,6 +20,8 @@ from prefixtree.errors import (
     SequenceClosed,
     SlotRange,
 )
+from prefixtree.evictions import Evicted, Eviction
+from prefixtree.explain import Explanation, Why
 from prefixtree.forest import Forest
 from prefixtree.sequence import Sequence
 from prefixtree.stats import Stats
@@ -29,6 +31,9 @@ __all__ = [
     "Batch",
     "BrokenInvariant",
     "CacheBroken",
+    "Evicted",
+    "Eviction",
+    "Explanation",
     "Forest",
     "Forgotten",
     "InvalidBatch",
@@ -50,4 +55,5 @@ __all__ = [
     "SlotRange",
     "Stats",
     "TreeView",
+    "Why",
 ]

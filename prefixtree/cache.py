@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from prefixtree.errors import (
     SequenceClosed,
     SlotRange,
 )
+from prefixtree.evictions import Evicted, Eviction
+from prefixtree.explain import Explanation, explain
 from prefixtree.forest import Forest, build_forest
 from prefixtree.guard import guarded
 from prefixtree.pins import Pins
@@ -92,6 +95,7 @@ class PrefixCache:
         *,
         eviction: str | EvictionPolicy = "lru",
         thread_safe: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """A cache of `num_blocks` blocks of `block_size` token slots each.
 
@@ -102,7 +106,7 @@ class PrefixCache:
         self._broken = ""
         self._pool = BlockPool(num_blocks, block_size)
         self._tree = RadixTree(block_size)
-        self._pins = Pins(self._tree, make_policy(eviction))
+        self._pins = Pins(self._tree, make_policy(eviction), clock)
         self._tails = Tails(self._tree, self._pool, self._pins)
         self._counters = Counters()
         self._open: dict[int, int] = {}  # serial number to tail
@@ -153,7 +157,7 @@ class PrefixCache:
         lookup a node.
         """
         prompt = as_prompt(tokens)
-        tail, cached_len = self._start(prompt, namespace)
+        tail, cached_len = self._start(prompt, namespace, "open")
         self._counters.opens += 1
         self._counters.query_tokens += len(prompt)
         self._counters.hit_tokens += cached_len
@@ -193,7 +197,7 @@ class PrefixCache:
         below = self._tree.below(top)
         before = self._tree.cached_tokens
         total = int(np.asarray(self._tree.nodes.length)[below].sum())
-        blocks = self._let_go(self._pins.drop(below))
+        blocks = self._let_go(self._pins.drop(below, "forget"))
         gone = before - self._tree.cached_tokens
         return Forgotten(blocks=blocks, tokens=gone, kept_tokens=total - gone)
 
@@ -232,7 +236,7 @@ class PrefixCache:
             raise InvalidLength(f"{len(added)} tokens for counts that sum to {int(lens.sum())}")
         needed = int(self._tails.blocks_needed(batch.tails, lens).sum())
         self._require(needed)
-        self._free_up(needed)
+        self._free_up(needed, "append")
         return self._tails.extend(batch.tails, lens, added)
 
     @guarded
@@ -279,21 +283,41 @@ class PrefixCache:
         return build_forest(self._tree, batch.tails, kv, queries)
 
     @guarded
-    def evict(self, num_blocks: int) -> int:
+    def evict(self, num_blocks: int) -> Evicted:
         """Evicts unpinned leaves in the policy's order until `num_blocks` blocks came free.
 
-        Returns how many did, fewer when nothing is left to evict. Raises `InvalidLength` for a
+        The last leaf loses only its tail where that is enough: no more blocks come free than were
+        asked for, and fewer only when nothing is left to evict. Raises `InvalidLength` for a
         negative number. O(log leaves) a node.
         """
         num_blocks = as_integer("num_blocks", num_blocks)
         if num_blocks < 0:
             raise InvalidLength(f"num_blocks must be >= 0, got {num_blocks}")
-        return self._let_go(self._pins.evict(num_blocks))
+        return self._evict(num_blocks, "evict")
 
     @guarded
-    def clear(self) -> int:
-        """Evicts all that no open sequence or pin holds; returns the blocks that came free."""
-        return self.evict(self.num_blocks)
+    def clear(self) -> Evicted:
+        """Evicts all that no open sequence or pin holds."""
+        # One more than there are, so that also the last leaf goes whole.
+        return self._evict(self.num_blocks + 1, "clear")
+
+    @guarded
+    def evictions(self) -> list[Eviction]:
+        """The latest evictions, whatever call they made room for; the last one first."""
+        return list(self._pins.log)
+
+    @guarded
+    def explain(self, tokens: TokensLike, *, namespace: Namespace = DEFAULT) -> Explanation:
+        """What of `tokens` is cached, where the match stops and why.
+
+        For looking into a miss, not for every request. Changes nothing. Raises as `match`.
+        O(len(tokens)) in C for each namespace that begins alike; O(nodes) under `align="block"`.
+        """
+        wanted = as_prompt(tokens)
+        place = self._find(wanted, namespace)
+        known = None if place is NOWHERE else place
+        pending = self._pending(place, wanted)
+        return explain(self._tree, self._pins.log, wanted, namespace, known, pending)
 
     @guarded
     def stats(self) -> Stats:
@@ -314,6 +338,7 @@ class PrefixCache:
             logical_tokens=int((starts[tails] + sizes[tails]).sum()),
             evicted_tokens=pins.evicted_tokens,
             evicted_nodes=pins.evicted_nodes,
+            trimmed_nodes=pins.trimmed_nodes,
             **vars(self._counters),
         )
 
@@ -331,7 +356,7 @@ class PrefixCache:
         root = self._tree.root_of(as_namespace(namespace))
         return NOWHERE if root < 0 else self._tree.walk(wanted.tobytes(), root)
 
-    def _start(self, prompt: Int32s, namespace: Namespace) -> tuple[int, int]:
+    def _start(self, prompt: Int32s, namespace: Namespace, reason: str) -> tuple[int, int]:
         """A pinned tail for a prompt, and how much of it was cached; or `OutOfBlocks`."""
         place = self._find(prompt, namespace)
         needed = self._blocks_behind(place, prompt)
@@ -340,7 +365,7 @@ class PrefixCache:
             place = NOWHERE._replace(node=self._tree.add_root(namespace))
         node = self._tails.land(place)
         self._pins.pin(node)
-        self._free_up(needed)
+        self._free_up(needed, reason)
         tail = self._tails.start(node, prompt[place.matched :])
         if place.matched < len(prompt):
             self._prefilling[tail] = len(prompt)
@@ -359,9 +384,20 @@ class PrefixCache:
         if needed > self._pool.num_free + evictable:
             raise OutOfBlocks(needed, self._pool.num_free, evictable)
 
-    def _free_up(self, needed: int) -> None:
+    def _free_up(self, needed: int, reason: str) -> None:
         if needed > self._pool.num_free:
-            self.evict(needed - self._pool.num_free)
+            self._let_go(self._pins.evict(needed - self._pool.num_free, reason))
+
+    def _evict(self, num_blocks: int, reason: str) -> Evicted:
+        pins = self._pins
+        tokens, nodes, trimmed = pins.evicted_tokens, pins.evicted_nodes, pins.trimmed_nodes
+        blocks = self._let_go(pins.evict(num_blocks, reason))
+        return Evicted(
+            blocks=blocks,
+            tokens=pins.evicted_tokens - tokens,
+            nodes=pins.evicted_nodes - nodes,
+            trimmed=pins.trimmed_nodes - trimmed,
+        )
 
     def _evictable_at(self, place: Place) -> int:
         """Evictable blocks that a sequence opened at `place` would pin."""
@@ -514,7 +550,7 @@ class PrefixCache:
     def _resume(self, sequence: Sequence) -> None:
         if sequence._preempted is None:
             raise NotPreempted("resume of a sequence that is not preempted")
-        tail, sequence.cached_len = self._start(sequence._preempted, sequence._namespace)
+        tail, sequence.cached_len = self._start(sequence._preempted, sequence._namespace, "resume")
         sequence._tail, sequence._serial = tail, self._tree.nodes.writer[tail]
         self._open[sequence._serial] = tail
         sequence._preempted = None

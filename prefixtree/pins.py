@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from allocator import EvictionOrder, EvictionPolicy, Usage
 from prefixtree.columns import Int32s, Int64s
+from prefixtree.evictions import Eviction, EvictionLog
 from prefixtree.tree import ROOT, RadixTree
 
 
@@ -16,14 +19,18 @@ class Pins:
     node is unpinned too: evicting leaves until none is left frees exactly the evictable blocks.
     """
 
-    def __init__(self, tree: RadixTree, policy: EvictionPolicy) -> None:
+    def __init__(self, tree: RadixTree, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
         self._tree = tree
+        self._policy = policy
         self._order = EvictionOrder(policy)
+        self._clock = clock
+        self.log = EvictionLog(tree)
         self._tick = 0
         self.evictable_tokens = 0
         self.evictable_blocks = 0
         self.evicted_tokens = 0
         self.evicted_nodes = 0
+        self.trimmed_nodes = 0
 
     def pin(self, node: int, by: int = 1) -> None:
         """Pins the path to `node` for `by` more sequences. O(depth)."""
@@ -71,33 +78,65 @@ class Pins:
             node = nodes.parent[node]
         return blocks
 
-    def evict(self, num_blocks: int) -> Int32s:
+    def evict(self, num_blocks: int, reason: str) -> Int32s:
         """Removes leaves in order until `num_blocks` blocks come free or none is left.
 
-        Returns the blocks to let go of; those that removed nodes shared appear more than once.
-        O(log leaves) a node.
+        Of the last leaf only the tail goes, where that is enough. Returns the blocks to let go of;
+        those that removed nodes shared appear more than once. O(log leaves) a node.
         """
-        before = self.evictable_blocks
+        tree, nodes = self._tree, self._tree.nodes
+        now = self._clock()
         held: list[Int32s] = []
-        while self._order and before - self.evictable_blocks < num_blocks:
-            held.append(self._remove(self._order.pop()))
+        while self._order and num_blocks > 0:
+            leaf = self._order.pop()
+            own, size = tree.own_blocks(leaf), nodes.length[leaf]
+            kept = (tree.blocks.size[leaf] - num_blocks) * tree.block_size - nodes.offset[leaf]
+            if num_blocks <= own and kept > 0:
+                token = tree.token(leaf, kept)
+                held.append(self._trim(leaf, kept))
+                start, stays = nodes.start[leaf] + kept, leaf
+            else:
+                token, start, stays, kept = (
+                    tree.token(leaf, 0),
+                    nodes.start[leaf],
+                    nodes.parent[leaf],
+                    0,
+                )
+                held.append(self._remove(leaf))
+            num_blocks -= own
+            gone = Eviction(start, size - kept, not kept, reason, self._policy.name, now)
+            self.log.add(stays, token, gone)
         return np.concatenate(held) if held else np.empty(0, np.int32)
 
-    def drop(self, below: Int64s) -> Int32s:
+    def drop(self, below: Int64s, reason: str) -> Int32s:
         """Removes those of these nodes that are not pinned; they come deepest first.
 
         Returns the blocks to let go of, as `evict`.
         """
-        nodes = self._tree.nodes
+        tree, nodes = self._tree, self._tree.nodes
+        now = self._clock()
         held: list[Int32s] = []
         for node in below[np.asarray(nodes.pins)[below] == 0].tolist():
+            parent, token = nodes.parent[node], tree.token(node, 0)
+            gone = Eviction(nodes.start[node], nodes.length[node], True, reason, "", now)
             self._order.discard(node)
             held.append(self._remove(node))
+            self.log.add(parent, token, gone)
         return np.concatenate(held) if held else np.empty(0, np.int32)
 
     def check_order(self) -> set[int]:
         """The nodes in the order, for `check`."""
         return set(self._order)
+
+    def _trim(self, leaf: int, length: int) -> Int32s:
+        """Cuts an unpinned leaf that was taken out of the order down to its first tokens."""
+        self._count(leaf, -1)
+        self.evicted_tokens += self._tree.nodes.length[leaf] - length
+        self.trimmed_nodes += 1
+        held = self._tree.cut_back(leaf, length)
+        self._count(leaf, 1)
+        self._enqueue(leaf)
+        return held
 
     def _remove(self, node: int) -> Int32s:
         """Takes an unpinned leaf out; its parent may be the next to go."""

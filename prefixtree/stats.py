@@ -49,6 +49,9 @@ class Stats:
     evicted_tokens: int
     """Those that were forgotten count, too."""
     evicted_nodes: int
+    """Nodes evicted whole."""
+    trimmed_nodes: int
+    """Nodes that lost only their tail, because that made room enough."""
 
     @property
     def used_blocks(self) -> int:

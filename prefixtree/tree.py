@@ -104,8 +104,9 @@ class RadixTree:
     left below it.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, align: int = 1) -> None:
         self.block_size = block_size
+        self.align = align
         self.nodes = NodeTable()
         self.tokens: list[bytes] = []
         self.blocks = RaggedInts()
@@ -195,11 +196,14 @@ class RadixTree:
         return self._child.get(node << 32 | token, -1)
 
     def edge(self, node: int) -> bytes:
-        """The node's tokens as int32 bytes, brought up to date for a tail."""
+        """The node's tokens as int32 bytes, brought up to date after commits and cuts."""
         known = self.tokens[node]
-        if self.nodes.writer[node] and len(known) < 4 * self.nodes.length[node]:
-            fresh = self.tail_tokens.get(node)[len(known) // 4 : self.nodes.length[node]]
+        size = 4 * self.nodes.length[node]
+        if len(known) < size:
+            fresh = self.tail_tokens.get(node)[len(known) // 4 : size // 4]
             known = self.tokens[node] = known + fresh.tobytes()
+        elif len(known) > size:
+            known = self.tokens[node] = known[:size]
         return known
 
     def walk(self, data: bytes, node: int = ROOT) -> Place:
@@ -210,12 +214,14 @@ class RadixTree:
         ids = memoryview(data).cast("i")
         count = len(ids)
         at = 0
-        writer = self.nodes.writer
+        tokens, length = self.tokens, self.nodes.length
         while at < count:
             child = self._child.get(node << 32 | ids[at], -1)
             if child < 0:
                 break
-            edge = self.edge(child) if writer[child] else self.tokens[child]
+            edge = tokens[child]
+            if len(edge) != 4 * length[child]:
+                edge = self.edge(child)
             if not data.startswith(edge, 4 * at):
                 return Place(node, at, child, common_prefix(edge, data, at))
             at += len(edge) // 4
@@ -240,6 +246,10 @@ class RadixTree:
     def blocks_for(self, node: int, length: int) -> int:
         """Blocks that the node needs for `length` tokens."""
         return -(-(self.nodes.offset[node] + length) // self.block_size)
+
+    def token(self, node: int, index: int) -> int:
+        """The token id at `index` of an ordinary node's tokens."""
+        return int.from_bytes(self.tokens[node][4 * index : 4 * index + 4], sys.byteorder)
 
     def slots(self, node: int, start: int, stop: int) -> Int64s:
         """Slots of the node's tokens start..stop-1, counted from its first."""
@@ -381,6 +391,21 @@ class RadixTree:
             self.cached_tokens -= nodes.length[node]
         self._forget(node)
         return held
+
+    def cut_back(self, leaf: int, length: int) -> Int32s:
+        """Drops a leaf's tokens from `length` on; returns the blocks to let go.
+
+        O(blocks dropped), amortised: the bytes are cut when a walk comes by or half are of no use.
+        """
+        nodes = self.nodes
+        self.cached_tokens -= nodes.length[leaf] - length
+        nodes.length[leaf] = length
+        if len(self.tokens[leaf]) > 8 * length:
+            self.edge(leaf)
+        needed = self.blocks_for(leaf, length)
+        gone = self.blocks.get(leaf)[needed:].copy()
+        self.blocks.truncate(leaf, needed)
+        return gone
 
     def _advance(self, node: int, count: int) -> None:
         """Moves the node's first token `count` further, in all but its length and parent."""

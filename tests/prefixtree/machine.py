@@ -343,7 +343,7 @@ class Machine(RuleBasedStateMachine):
                 assert not evicted, "evicted without need"
                 assert self.cache.stats().free_blocks == free - needed
             else:
-                freed = twin.cache.evict(needed - free)
+                freed = twin.cache.evict(needed - free).blocks
                 assert self.cache.stats().free_blocks == free + freed - needed
                 assert [twin.cached(leaf) for leaf in known] == [
                     self.model.cached(*leaf) for leaf in known
@@ -352,7 +352,7 @@ class Machine(RuleBasedStateMachine):
         assert self.fingerprint() == before
         assert least <= refused.needed <= most
         assert refused.free == free
-        assert refused.evictable == twin.cache.clear()
+        assert refused.evictable == twin.cache.clear().blocks
         assert refused.needed > refused.free + refused.evictable
         for number in (refused.needed, refused.free, refused.evictable):
             assert str(number) in str(refused)
@@ -627,7 +627,7 @@ class Machine(RuleBasedStateMachine):
     def check_pins(self, twin: Twin) -> None:
         """Clearing the twin leaves exactly the tokens that open sequences and pins hold."""
         free = twin.cache.stats().free_blocks
-        freed = twin.cache.clear()
+        freed = twin.cache.clear().blocks
         stats = twin.cache.stats()
         assert freed == self.cache.stats().evictable_blocks == stats.free_blocks - free
         pinned = self.model.pinned()

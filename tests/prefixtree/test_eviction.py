@@ -24,7 +24,7 @@ def test_the_least_recently_used_leaf_goes_first() -> None:
     cache.open(a).close()
     gone = []
     while cache.stats().cached_tokens:
-        assert cache.evict(1) == 1
+        assert cache.evict(1).blocks == 1
         gone.append(whole(cache, a, b, c))
     assert gone == [[True, False, True], [True, False, False], [False, False, False]]
 
@@ -37,7 +37,7 @@ def test_a_parent_goes_after_its_children() -> None:
     cached(cache, [7, 7])
     order = []
     while cache.stats().cached_tokens:
-        assert cache.evict(1) == 1
+        assert cache.evict(1).blocks == 1
         order.append(whole(cache, [1, 2], [1, 2, 3, 4], [1, 2, 5, 6], [7, 7]))
     # [1, 2] is as recent as its last child, so it goes right after that one.
     assert order == [
@@ -62,14 +62,67 @@ def test_evict_returns_what_came_free_and_stops_when_it_is_enough() -> None:
     for token in range(5):
         cached(cache, [token] * 4)
     assert cache.stats().free_blocks == 6
-    assert cache.evict(0) == 0
+    assert cache.evict(0).blocks == 0
     assert cache.stats().cached_tokens == 20
-    assert cache.evict(3) == 4
-    assert cache.stats().free_blocks == 10
-    assert cache.stats().cached_tokens == 12
-    assert cache.evict(100) == 6
+    assert cache.evict(3) == pt.Evicted(blocks=3, tokens=6, nodes=1, trimmed=1)
+    assert cache.stats().free_blocks == 9
+    assert cache.stats().cached_tokens == 14
+    assert cache.evict(100).blocks == 7
     assert cache.stats().free_blocks == 16
-    assert cache.evict(1) == 0
+    assert cache.evict(1).blocks == 0
+
+
+def test_only_the_tail_of_the_last_leaf_goes() -> None:
+    cache = pt.PrefixCache(8, 2)
+    cached(cache, [1, 2, 3, 4, 5])
+    assert cache.evict(1) == pt.Evicted(blocks=1, tokens=1, nodes=0, trimmed=1)
+    assert cache.match([1, 2, 3, 4, 5]).cached == 4
+    assert cache.evict(1) == pt.Evicted(blocks=1, tokens=2, nodes=0, trimmed=1)
+    assert cache.match([1, 2, 3, 4, 5]).cached == 2
+    cached(cache, [1, 2, 3, 4, 6])  # goes on where the rest was cut off
+    assert cache.match([1, 2, 3, 4, 5]).cached == 4
+    assert cache.stats().trimmed_nodes == 2
+    cache.check()
+
+
+def test_the_part_in_a_block_that_stays_anyway_stays() -> None:
+    cache = pt.PrefixCache(8, 4)
+    with cache.open([1, 2]) as above:
+        above.commit(2)
+        cached(cache, [1, 2, 3, 4, 5, 6])
+        cached(cache, [1, 2, 3, 4, 5])
+        assert cache.evict(1).blocks == 1
+        assert cache.match([1, 2, 3, 4, 5]).cached >= 2
+        cache.check()
+
+
+def test_a_long_leaf_is_eaten_from_its_end() -> None:
+    cache = pt.PrefixCache(1000, 4)
+    tokens = list(range(4000))
+    cached(cache, tokens)
+    for round in range(1, 1000):
+        assert cache.evict(1).blocks == 1
+        if round % 100 == 0:
+            assert cache.match(tokens).cached == 4000 - 4 * round
+            cache.check()
+
+
+def test_the_latest_evictions_say_why() -> None:
+    cache = pt.PrefixCache(4, 2, clock=lambda: 7.0)
+    cached(cache, [1, 2, 3, 4])
+    cached(cache, [5, 6])
+    cache.open([7] * 4).close()
+    cached(cache, [8] * 2)
+    cache.clear()
+    cached(cache, [9, 9])
+    cache.forget()
+    assert cache.evictions() == [
+        pt.Eviction(start=0, tokens=2, whole=True, reason="forget", policy="", at=7.0),
+        pt.Eviction(start=0, tokens=2, whole=True, reason="clear", policy="lru", at=7.0),
+        pt.Eviction(start=0, tokens=2, whole=True, reason="clear", policy="lru", at=7.0),
+        pt.Eviction(start=0, tokens=2, whole=True, reason="clear", policy="lru", at=7.0),
+        pt.Eviction(start=2, tokens=2, whole=False, reason="open", policy="lru", at=7.0),
+    ]
 
 
 def test_evict_goes_on_over_leaves_that_free_no_block() -> None:
@@ -78,7 +131,7 @@ def test_evict_goes_on_over_leaves_that_free_no_block() -> None:
     for length in (5, 4, 3, 2, 1):
         cache.open([1, 2, 3, 4, 5, 6][:length]).close()
     assert cache.stats().evictable_blocks == 1
-    assert cache.evict(1) == 1
+    assert cache.evict(1).blocks == 1
     assert cache.stats().cached_tokens == 0
     cache.check()
 
@@ -89,7 +142,7 @@ def test_a_block_shared_with_a_pinned_half_stays() -> None:
     with cache.open([1, 2, 3]):
         stats = cache.stats()
         assert (stats.evictable_tokens, stats.evictable_blocks) == (3, 0)
-        assert cache.evict(1) == 0
+        assert cache.evict(1).blocks == 0
         assert whole(cache, [1, 2, 3], [1, 2, 3, 4]) == [True, False]
     assert cache.stats().evictable_blocks == 1
 
@@ -100,10 +153,10 @@ def test_what_a_sequence_uses_stays() -> None:
     sequence.commit(4)
     cached(cache, [1, 2, 3, 4, 5, 6])
     cached(cache, [1, 2, 7, 8])
-    assert cache.clear() == 2
+    assert cache.clear().blocks == 2
     assert whole(cache, [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 7]) == [True, False, False]
     sequence.close()
-    assert cache.clear() == 2
+    assert cache.clear().blocks == 2
     assert cache.stats().free_blocks == 8
 
 
@@ -112,10 +165,10 @@ def test_clear_of_an_idle_cache_frees_every_block() -> None:
     for length in range(1, 11):
         cached(cache, [length % 3] * length)
     used = 16 - cache.stats().free_blocks
-    assert cache.clear() == used
+    assert cache.clear().blocks == used
     stats = cache.stats()
     assert (stats.free_blocks, stats.cached_tokens, stats.nodes) == (16, 0, 0)
-    assert cache.clear() == 0
+    assert cache.clear().blocks == 0
     cache.check()
 
 
@@ -222,10 +275,10 @@ def test_a_policy_of_ones_own_decides() -> None:
     cache = pt.PrefixCache(16, 1, eviction=Longest())
     for path in ([1], [2, 2, 2], [3, 3]):
         cached(cache, path)
-    assert cache.evict(1) == 3
+    cache.evict(1)
+    assert whole(cache, [1], [2, 2], [2, 2, 2], [3, 3]) == [True, True, False, True]
+    cache.evict(2)  # [2, 2] and [3, 3] are as long now: the first made goes first
     assert whole(cache, [1], [2], [3, 3]) == [True, False, True]
-    assert cache.evict(1) == 2
-    assert whole(cache, [1], [3]) == [True, False]
 
 
 def test_a_policy_sees_uses_lengths_and_positions() -> None:

@@ -43,7 +43,7 @@ def test_two_pins_on_one_prefix_are_taken_off_one_by_one() -> None:
     with pytest.raises(NotPinned):
         pins[0].unpin()
     pins[1].unpin()
-    assert cache.clear() == 1
+    assert cache.clear().blocks == 1
     cache.check()
 
 

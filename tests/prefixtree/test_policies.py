@@ -15,7 +15,7 @@ def use(cache: PrefixCache, tokens: list[int]) -> None:
 def order_of_eviction(cache: PrefixCache, paths: list[list[int]]) -> list[list[int]]:
     gone: list[list[int]] = []
     while len(gone) < len(paths):
-        assert cache.evict(1) == 1
+        assert cache.evict(1).blocks == 1
         gone += [path for path in paths if path not in gone and not cache.match(path).cached]
     return gone
 
@@ -55,7 +55,7 @@ def test_a_node_split_off_keeps_its_age() -> None:
     use(cache, [1, 2, 3])
     use(cache, [9])
     use(cache, [1, 2, 4])  # splits the first path behind its second token
-    assert cache.evict(1) == 1
+    assert cache.evict(1).blocks == 1
     assert cache.match([1, 2, 3]).cached == 2
     assert cache.match([9]).cached == 1
 

@@ -22,10 +22,10 @@ def test_a_hundred_thousand_nodes() -> None:
     assert cache.match([7, 7, 2_005]).cached == 2
     cache.check()
 
-    assert cache.evict(25_000) == 25_000
+    assert cache.evict(25_000).blocks == 25_000
     assert cache.match([99, 99, 1_999, 999]).cached == 4
     assert cache.match([0, 0, 1_000, 0]).cached == 0
-    assert cache.clear() + stats.free_blocks + 25_000 == 101_000
+    assert cache.clear().blocks + stats.free_blocks + 25_000 == 101_000
     assert cache.stats().free_blocks == 101_000
 
 
@@ -59,7 +59,7 @@ def test_a_thousand_sequences_for_two_hundred_steps() -> None:
     cache.check()
     for sequence in sequences:
         sequence.close()
-    assert cache.clear() == 30_000 - stats.free_blocks
+    assert cache.clear().blocks == 30_000 - stats.free_blocks
     assert cache.stats().free_blocks == 30_000
 
 
@@ -88,4 +88,4 @@ def test_a_deep_chain_of_splits() -> None:
         sequence.commit(2_001)
         assert len(np.unique(sequence.slots(0, 2_001))) == 2_001
     cache.check()
-    assert cache.clear() == 2_001
+    assert cache.clear().blocks == 2_001

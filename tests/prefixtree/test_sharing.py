@@ -52,10 +52,10 @@ def test_a_split_inside_a_block_leaves_both_halves_on_that_block() -> None:
 
     # The block is free only when neither half holds it.
     first.close()
-    assert cache.clear() == 0
+    assert cache.clear().blocks == 0
     assert cache.match([1, 2, 3, 4]).cached == 2
     second.close()
-    assert cache.clear() == 2
+    assert cache.clear().blocks == 2
     cache.check()
 
 
@@ -232,10 +232,10 @@ def test_forks_outlive_the_sequence_they_came_from() -> None:
     sequence.commit(3)
     (fork,) = sequence.fork(1)
     sequence.close()
-    assert cache.clear() == 0
+    assert cache.clear().blocks == 0
     assert cache.match([1, 2, 3]).cached == 3
     fork.close()
-    assert cache.clear() == 1
+    assert cache.clear().blocks == 1
 
 
 def test_concurrent_duplicates_merge_at_commit_and_memory_falls() -> None:
@@ -310,7 +310,7 @@ def test_a_duplicate_keeps_the_first_copy_when_that_one_is_closed() -> None:
     first.close()
     second.commit(4)
     assert second.slots(0, 4).tolist() == kept
-    assert cache.clear() == 0
+    assert cache.clear().blocks == 0
     cache.check()
 
 

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from allocator import BlockPool, EvictionPolicy, OutOfBlocks, make_policy
+from allocator import BlockPool, EvictionPolicy, InvalidArgument, OutOfBlocks, make_policy
 from allocator.errors import as_integer
 from prefixtree.batch import Batch
 from prefixtree.check import check
@@ -19,6 +19,7 @@ from prefixtree.columns import Int32s, Int64s
 from prefixtree.errors import (
     InvalidBatch,
     InvalidLength,
+    NotAligned,
     NotCommitted,
     NotPinned,
     NotPreempted,
@@ -94,18 +95,31 @@ class PrefixCache:
         block_size: int = 16,
         *,
         eviction: str | EvictionPolicy = "lru",
+        align: Literal["token", "block"] = "token",
+        reserve_block_0: bool = False,
         thread_safe: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """A cache of `num_blocks` blocks of `block_size` token slots each.
 
-        One thread uses a cache, unless `thread_safe`: then calls wait for each other. Raises
-        `InvalidArgument` unless both numbers are >= 1, ValueError for an unknown policy.
+        `align="block"` is for engines whose kernels read plain block tables and know no offsets
+        (`Sequence.block_table`): what is shared is then rounded down to whole blocks. With
+        `reserve_block_0` block 0 is never handed out: engines write the KV of padding there.
+        One thread uses a cache, unless `thread_safe`: then calls wait for each other. `clock` gives
+        the time in seconds.
+
+        Raises `InvalidArgument` unless both numbers are >= 1 and `align` is one of the two, for an
+        unknown policy, and when no block is left to hand out.
         """
+        if align not in ("token", "block"):
+            raise InvalidArgument(f"align is {align!r}, expected 'token' or 'block'")
+        if reserve_block_0 and num_blocks == 1:
+            raise InvalidArgument("num_blocks is 1, expected at least 2 when block 0 is reserved")
         self._lock: AbstractContextManager[object] = RLock() if thread_safe else nullcontext()
         self._broken = ""
         self._pool = BlockPool(num_blocks, block_size)
-        self._tree = RadixTree(block_size)
+        self._reserved = self._pool.allocate(int(reserve_block_0))
+        self._tree = RadixTree(block_size, align=block_size if align == "block" else 1)
         self._pins = Pins(self._tree, make_policy(eviction), clock)
         self._tails = Tails(self._tree, self._pool, self._pins)
         self._counters = Counters()
@@ -235,22 +249,25 @@ class PrefixCache:
         if lens.sum() != len(added):
             raise InvalidLength(f"{len(added)} tokens for counts that sum to {int(lens.sum())}")
         needed = int(self._tails.blocks_needed(batch.tails, lens).sum())
-        self._require(needed)
+        self._require(needed, coming=self._tails.retired_by(batch.tails))
+        self._tails.settle(batch.tails.tolist())
         self._free_up(needed, "append")
         return self._tails.extend(batch.tails, lens, added)
 
     @guarded
-    def commit(self, batch: Batch | Iterable[Sequence]) -> None:
+    def commit(self, batch: Batch | Iterable[Sequence]) -> Int64s:
         """The KV of all tokens of these sequences is written: from now on others match them.
 
-        As `Sequence.commit` for each. A few vector operations for sequences that go on behind
+        As `Sequence.commit` for each; returns which of the batch moved over to another copy, as
+        ascending indices, int64. A few vector operations for sequences that go on behind
         tokens of their own; Python work only for those that have none since their last fork or
         since another sequence came to share them.
         """
         batch = self._as_batch(batch)
-        self._tails.commit_all(batch.tails)
+        moved = self._tails.commit_all(batch.tails)
         for tail in self._prefilling.keys() & batch.tails.tolist():
             del self._prefilling[tail]
+        return moved
 
     @guarded
     def forest(
@@ -268,7 +285,7 @@ class PrefixCache:
         """
         batch = self._as_batch(batch)
         starts = np.asarray(self._tree.nodes.start)[batch.tails]
-        committed = starts + np.asarray(self._tree.nodes.length)[batch.tails]
+        committed = starts + np.asarray(self._tree.nodes.written)[batch.tails]
         lengths = starts + np.asarray(self._tree.tail_tokens.size)[batch.tails]
         kv = lengths if kv_lens is None else batch.per_sequence(kv_lens, 0, "kv_lens")
         queries = batch.per_sequence(query_lens, 1, "query_lens")
@@ -330,6 +347,7 @@ class PrefixCache:
             block_size=self.block_size,
             free_blocks=self._pool.num_free,
             evictable_blocks=pins.evictable_blocks,
+            retired_blocks=self._tails.retired_by(tails),
             cached_tokens=tree.cached_tokens,
             pinned_tokens=tree.cached_tokens - pins.evictable_tokens,
             evictable_tokens=pins.evictable_tokens,
@@ -345,7 +363,8 @@ class PrefixCache:
     @guarded
     def check(self) -> None:
         """Recounts everything; raises `BrokenInvariant` that names what is wrong. O(cache)."""
-        check(self._tree, self._pool, self._pins, list(self._open.values()), self._kept)
+        aside = np.concatenate([self._reserved, self._tails.retired])
+        check(self._tree, self._pool, self._pins, list(self._open.values()), self._kept, aside)
 
     @guarded
     def tree(self) -> TreeView:
@@ -378,11 +397,14 @@ class PrefixCache:
         """Releases what eviction gave; returns how many blocks came free."""
         return len(self._pool.release(blocks)) if len(blocks) else 0
 
-    def _require(self, needed: int, kept: int = 0) -> None:
-        """Raises `OutOfBlocks` unless `needed` blocks can be had, `kept` evictable ones spared."""
-        evictable = self._pins.evictable_blocks - kept
-        if needed > self._pool.num_free + evictable:
-            raise OutOfBlocks(needed, self._pool.num_free, evictable)
+    def _require(self, needed: int, kept: int = 0, coming: int = 0) -> None:
+        """Raises `OutOfBlocks` unless `needed` blocks can be had.
+
+        `kept` evictable ones are spared, `coming` ones the call itself frees.
+        """
+        free, evictable = self._pool.num_free + coming, self._pins.evictable_blocks - kept
+        if needed > free + evictable:
+            raise OutOfBlocks(needed, free, evictable)
 
     def _free_up(self, needed: int, reason: str) -> None:
         if needed > self._pool.num_free:
@@ -419,7 +441,7 @@ class PrefixCache:
                 start = nodes.start[tail]
                 prompt = self._tree.tail_tokens.get(tail)[: prompt_len - start]
                 reached = max(reached, start + _agreement(prompt, wanted[start:]))
-        return reached - place.matched
+        return self._tree.aligned(reached) - place.matched
 
     def _handle(self, tail: int, namespace: Namespace, cached_len: int, fork_len: int) -> Sequence:
         serial = self._tree.nodes.writer[tail]
@@ -463,7 +485,7 @@ class PrefixCache:
 
     @guarded
     def _committed(self, sequence: Sequence) -> int:
-        return self._tree.end(self._tail_of(sequence))
+        return self._tails.committed(self._tail_of(sequence))
 
     @guarded
     def _tokens(self, sequence: Sequence) -> Int32s:
@@ -480,18 +502,29 @@ class PrefixCache:
         return self._tails.slots(tail, start, stop)
 
     @guarded
-    def _commit(self, sequence: Sequence, length: int) -> None:
+    def _block_table(self, sequence: Sequence) -> Int32s:
+        tail = self._tail_of(sequence)
+        if self._tree.align < self.block_size:
+            raise NotAligned(
+                'a block table needs PrefixCache(align="block"): with align="token" a node may'
+                " begin inside a block"
+            )
+        return self._tails.block_table(tail)
+
+    @guarded
+    def _commit(self, sequence: Sequence, length: int) -> bool:
         tail = self._tail_of(sequence)
         length = as_integer("length", length)
-        committed, total = self._tree.end(tail), self._tails.length(tail)
+        committed, total = self._tails.committed(tail), self._tails.length(tail)
         if not committed <= length <= total:
             raise InvalidLength(
                 f"commit to {length}, but {committed} of {total} tokens are committed: expected"
                 f" {committed}..{total}"
             )
-        self._tails.commit(tail, length)
+        moved = self._tails.commit(tail, length)
         if length >= self._prefilling.get(tail, length):
             self._prefilling.pop(tail, None)
+        return moved
 
     @guarded
     def _fork(self, sequence: Sequence, count: int) -> list[Sequence]:
@@ -500,14 +533,17 @@ class PrefixCache:
         if count < 1:
             raise InvalidLength(f"fork needs a count of at least 1, got {count}")
         length = self._tails.length(tail)
-        if self._tree.end(tail) < length:
-            raise NotCommitted(
-                f"fork at {length} tokens, but only {self._tree.end(tail)} committed"
-            )
+        committed = self._tails.committed(tail)
+        if committed < length:
+            raise NotCommitted(f"fork at {length} tokens, but only {committed} committed")
+        shared = self._tree.aligned(length)
+        needed = count if shared < length else 0
+        self._require(needed)
+        self._free_up(needed, "fork")
         tails = self._tails.fork(tail, count)
         self._counters.forks += count
         sequence.fork_len = length
-        return [self._handle(new, sequence._namespace, length, length) for new in tails]
+        return [self._handle(new, sequence._namespace, shared, length) for new in tails]
 
     @guarded
     def _rollback(self, sequence: Sequence, count: int) -> None:
@@ -521,15 +557,18 @@ class PrefixCache:
                 f"rollback of {count} from {length} tokens, but {sequence.fork_len} are shared by"
                 f" a fork: expected at most {length - sequence.fork_len}"
             )
-        self._counters.rollbacks += 1
         target = length - count
-        self._tails.truncate(tail, max(target, self._tree.end(tail)))
         if target < self._tree.end(tail):
-            self._tails.seal(tail)
+            needed = int(self._tree.aligned(target) < target)
+            self._require(needed)
+            self._free_up(needed, "rollback")
             self._tails.move_up(tail, target)
+        else:
+            self._tails.truncate(tail, target)
+        self._counters.rollbacks += 1
         if tail in self._prefilling:
             self._prefilling[tail] = min(target, self._prefilling[tail])
-            if self._tree.end(tail) >= self._prefilling[tail]:
+            if self._tails.committed(tail) >= self._prefilling[tail]:
                 del self._prefilling[tail]
 
     @guarded

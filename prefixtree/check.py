@@ -8,20 +8,27 @@ from itertools import pairwise
 import numpy as np
 
 from allocator import BlockPool, BrokenInvariant
+from prefixtree.columns import Int32s
 from prefixtree.pins import Pins
 from prefixtree.tree import ROOT, RadixTree
 
 
 def check(
-    tree: RadixTree, pool: BlockPool, pins: Pins, tails: list[int], kept: Iterable[int]
+    tree: RadixTree,
+    pool: BlockPool,
+    pins: Pins,
+    tails: list[int],
+    kept: Iterable[int],
+    aside: Int32s,
 ) -> None:
     """Raises `BrokenInvariant` naming what is wrong.
 
-    `tails` are those of the open sequences, `kept` the nodes pinned for good, once for each pin.
+    `tails` are those of the open sequences, `kept` the nodes pinned for good, once for each pin,
+    `aside` the blocks in use that are on no node.
     """
     pool.check()
     nodes = [int(node) for node in tree.nodes.rows() if node != ROOT]
-    _check_blocks(tree, pool, nodes)
+    _check_blocks(tree, pool, nodes, aside)
     _check_slots(tree, nodes)
     _check_shape(tree, nodes, set(tails))
     _check_pins(tree, pins, nodes, [*tails, *kept])
@@ -32,9 +39,9 @@ def _expect(condition: bool, message: str) -> None:
         raise BrokenInvariant(message)
 
 
-def _check_blocks(tree: RadixTree, pool: BlockPool, nodes: list[int]) -> None:
+def _check_blocks(tree: RadixTree, pool: BlockPool, nodes: list[int], aside: Int32s) -> None:
     """Reference counts are the numbers of nodes, and no other block is in use."""
-    counts = np.zeros(pool.num_blocks, np.int64)
+    counts = np.bincount(aside, minlength=pool.num_blocks)
     for node in nodes:
         held = tree.blocks.get(node)
         _expect(len(set(held.tolist())) == len(held), f"node {node} holds a block twice")
@@ -79,7 +86,7 @@ def _check_slots(tree: RadixTree, nodes: list[int]) -> None:
 
 def _check_shape(tree: RadixTree, nodes: list[int], tails: set[int]) -> None:
     """Links, lengths and tokens fit together; children differ in their first token."""
-    children: dict[int, set[int]] = {}
+    children: dict[int, set[bytes]] = {}
     cached = 0
     for node in nodes:
         table = tree.nodes
@@ -99,9 +106,10 @@ def _check_shape(tree: RadixTree, nodes: list[int], tails: set[int]) -> None:
             continue
         edge = tree.edge(node)
         _expect(len(edge) == 4 * table.length[node], f"node {node}: tokens and length differ")
-        first = int(np.frombuffer(edge, np.int32)[0])
+        first = edge[: 4 * tree.align]
+        _expect(tree.aligned(table.length[node]) == table.length[node], f"node {node}: alignment")
         siblings = children.setdefault(parent, set())
-        _expect(first not in siblings, f"two children of node {parent} begin with token {first}")
+        _expect(first not in siblings, f"two children of node {parent} begin with {first!r}")
         siblings.add(first)
         _expect(tree.child(parent, first) == node, f"node {node} is not found from its parent")
         cached += table.length[node]

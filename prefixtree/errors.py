@@ -39,6 +39,10 @@ class SequenceClosed(PrefixTreeError, RuntimeError):
     """The sequence is closed, or preempted."""
 
 
+class NotAligned(PrefixTreeError, RuntimeError):
+    """A plain block table was asked of a cache that shares to the token."""
+
+
 class NotCommitted(PrefixTreeError, RuntimeError):
     """The call needs KV that is not written yet."""
 

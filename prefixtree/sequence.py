@@ -77,20 +77,35 @@ class Sequence:
         """
         return self._cache._slots(self, start, stop)
 
-    def commit(self, length: int) -> None:
+    def block_table(self) -> Int32s:
+        """The blocks of all its tokens, int32 [ceil(len / block_size)]: position p is in entry
+        p // block_size at offset p % block_size.
+
+        Ask anew after a commit that says that the sequence moved. Raises `NotAligned` unless the
+        cache was made with `align="block"`. O(blocks + depth).
+        """
+        return self._cache._block_table(self)
+
+    def commit(self, length: int) -> bool:
         """The KV of the positions below `length` is written: from now on others match them.
 
         Tokens that the tree has meanwhile got from another sequence are not kept twice: this
-        sequence moves over to the first copy and gives its own blocks back. Raises `InvalidLength`
-        unless committed <= length <= len. O(1) but for the first commit behind a node: O(length).
+        sequence then moves over to the first copy, and True is returned: slots and block table are
+        others now. Its own copy's blocks come free when it is appended to or committed again, or
+        ends: what was launched with the old ones may still read there.
+
+        Under `align="block"` others match whole blocks only. Raises `InvalidLength` unless
+        committed <= length <= len. O(1) but for the first commit behind a node: O(length).
         """
-        self._cache._commit(self, length)
+        return self._cache._commit(self, length)
 
     def fork(self, count: int) -> list[Sequence]:
         """`count` new sequences that share all its tokens; this one stays open and goes on.
 
-        Nothing is copied: each starts its own tokens on a fresh block. Raises `NotCommitted` when
-        KV is missing, `InvalidLength` unless count >= 1. O(count + depth).
+        Nothing is copied: each starts its own tokens on a fresh block. Under `align="block"` the
+        tokens behind the last whole block are not shared: each new sequence has them uncommitted,
+        on a block of its own. Raises `NotCommitted` when KV is missing, `InvalidLength` unless
+        count >= 1, `OutOfBlocks`; then nothing has changed. O(count + depth).
         """
         return self._cache._fork(self, count)
 
@@ -101,6 +116,10 @@ class Sequence:
         keeping: they stay in the tree, unpinned, for others to match or to be evicted. Raises
         `RollbackPastFork` below `fork_len`, `InvalidLength` for a negative count or when no token
         would be left. O(depth).
+
+        Under `align="block"`, a rollback into the middle of a block that others match leaves the
+        tokens from that block's begin on uncommitted, on a block of its own: `committed` says where
+        to go on, and `OutOfBlocks` may be raised.
         """
         self._cache._rollback(self, count)
 

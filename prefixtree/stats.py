@@ -27,6 +27,8 @@ class Stats:
     free_blocks: int
     evictable_blocks: int
     """Blocks that come free when everything that is not pinned is evicted."""
+    retired_blocks: int
+    """Blocks that sequences gave up at a commit and keep until they go on: another copy stayed."""
     cached_tokens: int
     """Tokens whose KV is in the tree, each once: pinned_tokens + evictable_tokens."""
     pinned_tokens: int

@@ -24,6 +24,7 @@ class Tails:
         self._pool = pool
         self._pins = pins
         self._serial = 0
+        self._retired: dict[int, Int32s] = {}  # tail to the blocks that it will let go of
 
     def start(self, node: int, tokens: Int32s) -> int:
         """A new sequence behind `node`, whose path it has pinned already; returns its tail.
@@ -34,11 +35,25 @@ class Tails:
         self._serial += 1
         tail = tree.add(node, writer=self._serial)
         tree.nodes.pins[tail] = 1
-        if len(tokens):
-            needed = tree.blocks_for(tail, len(tokens))
-            tree.blocks.set(tail, self._pool.allocate(needed, after=self._last_block(tail)))
-            tree.tail_tokens.set(tail, tokens)
+        self._refill(tail, tokens)
         return tail
+
+    @property
+    def retired(self) -> Int32s:
+        """Blocks given up at a commit and kept until their sequence goes on."""
+        return np.concatenate([np.empty(0, np.int32), *self._retired.values()])
+
+    def retired_by(self, tails: Int64s) -> int:
+        """How many blocks come free when these sequences go on."""
+        held = [self._retired[tail] for tail in self._retired.keys() & tails.tolist()]
+        if not held:
+            return 0
+        blocks, times = np.unique(np.concatenate(held), return_counts=True)
+        return int((self._pool.refs[blocks] == times).sum())
+
+    def committed(self, tail: int) -> int:
+        """Tokens of the sequence whose KV is written."""
+        return self._tree.nodes.start[tail] + self._tree.nodes.written[tail]
 
     def length(self, tail: int) -> int:
         """Tokens of the sequence, committed or not."""
@@ -63,6 +78,16 @@ class Tails:
             node = nodes.parent[node]
         return np.concatenate(parts[::-1]) if parts else np.empty(0, np.int64)
 
+    def block_table(self, tail: int) -> Int32s:
+        """The blocks of the whole path; a plain table where nodes are whole blocks."""
+        tree = self._tree
+        return np.concatenate([tree.blocks.get(node) for node in tree.path(tail)])
+
+    def settle(self, tails: list[int]) -> None:
+        """These sequences go on, or end: nobody reads the blocks that they gave up any more."""
+        for tail in self._retired.keys() & tails:
+            self._release(self._retired.pop(tail))
+
     def blocks_needed(self, tails: Int64s, counts: Int64s) -> Int64s:
         """Blocks that each tail lacks for `counts` more tokens."""
         block_size = self._tree.block_size
@@ -84,33 +109,43 @@ class Tails:
         blocks = tree.blocks.at(np.repeat(tails, counts), places // tree.block_size)
         return blocks.astype(np.int64) * tree.block_size + places % tree.block_size
 
-    def commit_all(self, tails: Int64s) -> None:
-        """All tokens of these sequences are written. No Python work for tails linked already."""
-        tree, nodes = self._tree, self._tree.nodes
-        lengths = np.asarray(nodes.length)
-        linked = tails[np.asarray(nodes.linked)[tails] != 0]
-        sizes = np.asarray(tree.tail_tokens.size)[linked]
-        tree.cached_tokens += int((sizes - lengths[linked]).sum())
-        lengths[linked] = sizes
-        for tail in tails[np.asarray(nodes.linked)[tails] == 0].tolist():
-            if tree.tail_tokens.size[tail]:
-                self.commit(tail, self.length(tail))
+    def commit_all(self, tails: Int64s) -> Int64s:
+        """All tokens of these sequences are written; returns which of them moved.
 
-    def commit(self, tail: int, length: int) -> None:
-        """The KV of the sequence's positions below `length` is written."""
+        No Python work for tails linked already.
+        """
         tree, nodes = self._tree, self._tree.nodes
-        committed = length - nodes.start[tail]
+        self.settle(tails.tolist())
+        sizes = np.asarray(tree.tail_tokens.size)[tails]
+        np.asarray(nodes.written)[tails] = sizes
+        lengths = np.asarray(nodes.length)
+        found = sizes - sizes % tree.align
+        linked = np.asarray(nodes.linked)[tails] != 0
+        tree.cached_tokens += int((found - lengths[tails])[linked].sum())
+        lengths[tails[linked]] = found[linked]
+        fresh = np.flatnonzero(~linked & (found > 0))
+        moved = [
+            self._publish(tail, length)
+            for tail, length in zip(tails[fresh].tolist(), found[fresh].tolist(), strict=True)
+        ]
+        return fresh[np.array(moved, np.bool_)]
+
+    def commit(self, tail: int, length: int) -> bool:
+        """The KV of the sequence's positions below `length` is written; whether it moved."""
+        tree, nodes = self._tree, self._tree.nodes
+        self.settle([tail])
+        nodes.written[tail] = length - nodes.start[tail]
+        found = tree.aligned(nodes.written[tail])
         if nodes.linked[tail]:
-            tree.cached_tokens += committed - nodes.length[tail]
-            nodes.length[tail] = committed
-        elif committed:
-            nodes.length[tail] = committed
-            self._publish(tail)
+            tree.cached_tokens += found - nodes.length[tail]
+            nodes.length[tail] = found
+            return False
+        return found > 0 and self._publish(tail, found)
 
     def seal(self, tail: int) -> int:
-        """Moves the tail's committed tokens into a node above it; returns its parent then.
+        """Moves the tail's findable tokens into a node above it; returns its parent then.
 
-        The tail stays, with what is uncommitted, and goes on in the block that it was in.
+        The tail stays, with what is left, and goes on in the block that it was in.
         """
         nodes = self._tree.nodes
         if nodes.length[tail]:
@@ -125,21 +160,32 @@ class Tails:
         return upper
 
     def truncate(self, tail: int, length: int) -> None:
-        """Drops the tokens from position `length` on; they are uncommitted."""
+        """Drops the tokens from position `length` on, which no walk finds."""
         tree = self._tree
-        tree.tail_tokens.truncate(tail, length - tree.nodes.start[tail])
+        kept = length - tree.nodes.start[tail]
+        tree.nodes.written[tail] = min(tree.nodes.written[tail], kept)
+        tree.tail_tokens.truncate(tail, kept)
         self._release(tree.trim(tail))
 
     def move_up(self, tail: int, length: int) -> None:
-        """Takes a sealed, empty tail back to position `length`; what is behind stays cached."""
+        """Takes a tail back to position `length` of what walks find; the rest stays cached.
+
+        Where that is inside an `align`, its last tokens are to be computed again.
+        """
         tree, nodes = self._tree, self._tree.nodes
-        left = node = nodes.parent[tail]
-        while nodes.start[node] >= length:
+        self.truncate(tail, tree.end(tail))
+        left = node = self.seal(tail)
+        target = tree.aligned(length)
+        again = self.tokens(tail)[target:length] if target < length else tree.tail_tokens.get(tail)
+        while nodes.start[node] >= target and target:
             node = nodes.parent[node]
-        if length < tree.end(node):
-            node = self.split(node, length - nodes.start[node])
+        if not target:
+            node = tree.root_above(node)
+        elif target < tree.end(node):
+            node = self.split(node, target - nodes.start[node])
         self._move_pin(left, node)
         self._release(tree.rehang(tail, node))
+        self._refill(tail, again)
 
     def land(self, place: Place) -> int:
         """The node that ends where a walk ended, split off where there is none.
@@ -153,15 +199,19 @@ class Tails:
         return place.node
 
     def fork(self, tail: int, count: int) -> list[int]:
-        """Tails of `count` sequences that share all of this one, which is committed whole."""
+        """Tails of `count` sequences that share this one, which is committed whole.
+
+        Tokens that do not fill an `align` are not shared: each new sequence computes them again.
+        """
         node = self.seal(tail)
         self._pins.pin(node, by=count)
-        nothing = np.empty(0, np.int32)
-        return [self.start(node, nothing) for _ in range(count)]
+        rest = self._tree.tail_tokens.get(tail).copy()
+        return [self.start(node, rest) for _ in range(count)]
 
     def close(self, tail: int) -> None:
         """Ends the sequence: its committed tokens stay as an ordinary node, unpinned."""
         tree, nodes = self._tree, self._tree.nodes
+        self.settle([tail])
         self.truncate(tail, tree.end(tail))
         node = tail
         if nodes.linked[tail]:
@@ -171,29 +221,41 @@ class Tails:
             self._release(tree.remove(tail))
         self._pins.unpin(node)
 
-    def _publish(self, tail: int) -> None:
-        """Links a tail that has its first committed tokens.
+    def _publish(self, tail: int, length: int) -> bool:
+        """Links a tail that has its first tokens to be found; whether it moved.
 
         Where the tree has these tokens already (another sequence computed them meanwhile), the
-        first copy is kept: the sequence moves over to it and its own copy is let go.
+        first copy is kept: the sequence moves over to it. Its own copy is let go when it goes on,
+        since whoever was given its block table may still read there.
         """
         tree, nodes = self._tree, self._tree.nodes
         parent = nodes.parent[tail]
-        committed = tree.tail_tokens.get(tail)[: nodes.length[tail]]
-        if tree.child(parent, int(committed[0])) < 0:
+        nodes.length[tail] = length
+        data = tree.tail_tokens.get(tail)[:length].tobytes()
+        if tree.child(parent, data) < 0:
             tree.link(tail)
-            return
-        place = tree.walk(committed.tobytes(), parent)
+            return False
+        place = tree.walk(data, parent)
         node = self.land(place)
         self._move_pin(parent, node)
         gone = tree.drop_front(tail, place.matched)
         nodes.parent[tail] = node
         if nodes.length[tail]:
             tree.link(tail)
-        self._release(gone)
+        if len(gone):
+            self._retired[tail] = gone
         # Sequences that agree token after token would otherwise leave a chain of short nodes.
         if tree.mergeable(node) and (shared := tree.merge(node)) >= 0:
             self._release(np.array([shared], np.int32))
+        return True
+
+    def _refill(self, tail: int, tokens: Int32s) -> None:
+        """Gives an empty tail tokens whose KV is to be computed, and blocks for them."""
+        tree = self._tree
+        if len(tokens):
+            needed = tree.blocks_for(tail, len(tokens))
+            tree.blocks.set(tail, self._pool.allocate(needed, after=self._last_block(tail)))
+            tree.tail_tokens.set(tail, tokens)
 
     def _move_pin(self, source: int, target: int) -> None:
         # This order: no node of the common path is unpinned in between.

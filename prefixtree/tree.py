@@ -12,6 +12,9 @@ serial number. A tail hangs below its parent from the start; it is *linked* (fou
 has committed tokens. Its `length` counts the committed tokens, its `tail_tokens` all of them, so
 that a decode step of a whole batch is a few vector operations; the token bytes that walks compare
 are brought up to date when a walk comes by.
+
+Matches, and so nodes, are whole multiples of `align` tokens: 1, or a block for engines whose
+kernels read plain block tables. Children of a node differ in their first `align` tokens.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ class NodeTable(Columns):
         "children": "i",
         "start": "q",
         "length": "q",
+        "written": "q",
         "offset": "i",
         "shares_first": "b",
         "linked": "b",
@@ -67,7 +71,8 @@ class NodeTable(Columns):
     parent: Column
     children: Column  # how many linked nodes hang below
     start: Column  # position of the first token in its path
-    length: Column  # tokens, committed ones only
+    length: Column  # tokens that walks find
+    written: Column  # of a tail: committed tokens, those too that do not fill an `align` yet
     offset: Column  # of the first token in the first block
     shares_first: Column  # 1 when a node above holds the first block as well
     linked: Column  # 1 when walks find the node
@@ -113,7 +118,7 @@ class RadixTree:
         self.tail_tokens = RaggedInts()
         self.cached_tokens = 0  # in linked nodes
         self._made = 0
-        # One dict for all edges, (node, first token of the child) -> child, both in one int: a
+        # One dict for all edges, (first tokens of the child, node) -> child, both in one int: a
         # million nodes are then one container for the garbage collector, not a million.
         self._child: dict[int, int] = {}
         self._root_of: dict[Namespace, int] = {}
@@ -136,6 +141,7 @@ class RadixTree:
         for column in (
             nodes.children,
             nodes.length,
+            nodes.written,
             nodes.offset,
             nodes.shares_first,
             nodes.linked,
@@ -191,9 +197,13 @@ class RadixTree:
         """Position behind the node's last committed token."""
         return self.nodes.start[node] + self.nodes.length[node]
 
-    def child(self, node: int, token: int) -> int:
-        """The child whose first token is `token`, or -1."""
-        return self._child.get(node << 32 | token, -1)
+    def child(self, node: int, data: bytes) -> int:
+        """The child that begins with the first `align` tokens of `data`, or -1."""
+        return self._child.get(self._key(node, data), -1)
+
+    def aligned(self, length: int) -> int:
+        """`length` rounded down to what can be a node's."""
+        return length - length % self.align
 
     def edge(self, node: int) -> bytes:
         """The node's tokens as int32 bytes, brought up to date after commits and cuts."""
@@ -211,19 +221,20 @@ class RadixTree:
 
         One dictionary lookup and one comparison in C a node passed.
         """
-        ids = memoryview(data).cast("i")
-        count = len(ids)
+        align = self.align
+        last = len(data) // 4 - align
         at = 0
         tokens, length = self.tokens, self.nodes.length
-        while at < count:
-            child = self._child.get(node << 32 | ids[at], -1)
+        while at <= last:
+            key = int.from_bytes(data[4 * at : 4 * (at + align)], sys.byteorder) << 32 | node
+            child = self._child.get(key, -1)
             if child < 0:
                 break
             edge = tokens[child]
             if len(edge) != 4 * length[child]:
                 edge = self.edge(child)
             if not data.startswith(edge, 4 * at):
-                return Place(node, at, child, common_prefix(edge, data, at))
+                return Place(node, at, child, self.aligned(common_prefix(edge, data, at)))
             at += len(edge) // 4
             node = child
         return Place(node, at, -1, 0)
@@ -248,8 +259,8 @@ class RadixTree:
         return -(-(self.nodes.offset[node] + length) // self.block_size)
 
     def token(self, node: int, index: int) -> int:
-        """The token id at `index` of an ordinary node's tokens."""
-        return int.from_bytes(self.tokens[node][4 * index : 4 * index + 4], sys.byteorder)
+        """The token id at `index` of a linked node's tokens."""
+        return int.from_bytes(self.edge(node)[4 * index : 4 * index + 4], sys.byteorder)
 
     def slots(self, node: int, start: int, stop: int) -> Int64s:
         """Slots of the node's tokens start..stop-1, counted from its first."""
@@ -258,10 +269,10 @@ class RadixTree:
         return blocks * self.block_size + places % self.block_size
 
     def link(self, node: int) -> None:
-        """Makes a tail with committed tokens findable; no sibling may begin with its token."""
+        """Makes a tail findable that has a length; no sibling may begin like it."""
         nodes = self.nodes
         parent = nodes.parent[node]
-        self._child[parent << 32 | self._first_token(node)] = node
+        self._child[self._key(parent, self._first_tokens(node))] = node
         nodes.children[parent] += 1
         nodes.linked[node] = 1
         self.cached_tokens += nodes.length[node]
@@ -287,7 +298,7 @@ class RadixTree:
             column[upper] = column[node]
         nodes.length[upper] = length
         nodes.linked[upper] = 1
-        self._child[nodes.parent[node] << 32 | _token(edge)] = upper
+        self._child[self._key(nodes.parent[node], edge)] = upper
         self.tokens[upper] = edge[: 4 * length]
 
         whole, rest = divmod(nodes.offset[node] + length, self.block_size)
@@ -296,7 +307,7 @@ class RadixTree:
         self._advance(node, length)
         nodes.length[node] -= length
         if nodes.length[node]:
-            self._child[upper << 32 | _token(self.tokens[node])] = node
+            self._child[self._key(upper, self.tokens[node])] = node
             nodes.children[upper] = 1
         else:
             nodes.linked[node] = 0
@@ -328,7 +339,7 @@ class RadixTree:
         nodes = self.nodes
         parent = nodes.parent[node]
         shared = int(self.blocks.get(node)[0]) if nodes.offset[node] else -1
-        del self._child[parent << 32 | _token(self.tokens[node])]
+        del self._child[self._key(parent, self.tokens[node])]
         self.tokens[node] = self.tokens[parent] + self.tokens[node]
         self.blocks.set(
             node,
@@ -338,7 +349,7 @@ class RadixTree:
         for column in (nodes.start, nodes.offset, nodes.shares_first):
             column[node] = column[parent]
         nodes.length[node] += nodes.length[parent]
-        self._child[nodes.parent[node] << 32 | _token(self.tokens[node])] = node
+        self._child[self._key(nodes.parent[node], self.tokens[node])] = node
         self._forget(parent)
         return shared
 
@@ -386,7 +397,7 @@ class RadixTree:
             del self._root_of[self._namespace_of.pop(node)]
         elif nodes.linked[node]:
             parent = nodes.parent[node]
-            del self._child[parent << 32 | self._first_token(node)]
+            del self._child[self._key(parent, self._first_tokens(node))]
             nodes.children[parent] -= 1
             self.cached_tokens -= nodes.length[node]
         self._forget(node)
@@ -416,6 +427,7 @@ class RadixTree:
         self.blocks.drop_front(node, whole)
         self.tokens[node] = self.tokens[node][4 * count :]
         if nodes.writer[node]:
+            nodes.written[node] -= count
             self.tail_tokens.drop_front(node, count)
 
     def _forget(self, node: int) -> None:
@@ -426,11 +438,11 @@ class RadixTree:
         self.nodes.length[node] = 0
         self.nodes.free(node)
 
-    def _first_token(self, node: int) -> int:
+    def _first_tokens(self, node: int) -> bytes:
+        """What the node is found by."""
         if self.nodes.writer[node]:
-            return int(self.tail_tokens.get(node)[0])
-        return _token(self.tokens[node])
+            return self.tail_tokens.get(node)[: self.align].tobytes()
+        return self.tokens[node]
 
-
-def _token(edge: bytes) -> int:
-    return int.from_bytes(edge[:4], sys.byteorder)
+    def _key(self, node: int, data: bytes) -> int:
+        return int.from_bytes(data[: 4 * self.align], sys.byteorder) << 32 | node

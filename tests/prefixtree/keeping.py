@@ -137,9 +137,11 @@ class Keeping(Machine):
         gone, kept = self.model.forget(top)
         staying = [slots[path] for path in self.model.paths] + list(self.view.reserved.values())
         freed = self.blocks_taken([slots[path] for path in gone], staying)
-        assert forgotten == pt.Forgotten(blocks=freed, tokens=len(gone), kept_tokens=len(kept))
+        assert forgotten == pt.Forgotten(
+            blocks=freed, tokens=self.align * len(gone), kept_tokens=self.align * len(kept)
+        )
         assert self.cache.stats().free_blocks == free + freed
-        self.counted["evicted_tokens"] += len(gone)
+        self.counted["evicted_tokens"] += self.align * len(gone)
 
     @precondition(lambda self: self.model.paths)
     @rule(data=st.data())

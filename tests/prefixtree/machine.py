@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 import prefixtree as pt
 from allocator import OutOfBlocks
-from prefixtree.errors import NotPinned
+from prefixtree.errors import NotAligned, NotPinned
 
 from .model import ModelCache, ModelSequence, Namespace, Path, in_order, prefixes
 from .observe import Journal, Twin, View, look
@@ -62,8 +62,8 @@ batches = Bundle("batches")
 unpinned = Bundle("unpinned")
 
 
-# Who reserved a slot: a sequence, and how often it had been opened by then.
-Holder = tuple[int, int]
+# Who reserved a slot: a sequence, how often it had been opened by then and gone back into a block.
+Holder = tuple[int, int, int]
 
 
 @dataclass(eq=False)
@@ -74,10 +74,14 @@ class Handle:
     model: ModelSequence
     index: int
     """Which of all sequences ever made it is."""
+    refills: int = 0
+    """How often it went back into a block that others match, and so to a block of its own."""
+    stale: set[int] = field(default_factory=set)
+    """Slots that its last commit took from it: a kernel launched before may still read there."""
 
     @property
     def holder(self) -> Holder:
-        return self.index, self.model.runs
+        return self.index, self.model.runs, self.refills
 
     def __repr__(self) -> str:
         return f"<{self.model.tokens} of {self.model.namespace!r} committed {self.model.committed}>"
@@ -152,6 +156,8 @@ class Machine(RuleBasedStateMachine):
         num_blocks=st.integers(6, 40),
         block_size=st.integers(1, 5),
         alphabet=st.integers(2, 4),
+        by_block=st.booleans(),
+        reserve_block_0=st.booleans(),
         thread_safe=st.booleans(),
         namespaces=st.lists(st.sampled_from(NAMESPACES), min_size=2, max_size=3, unique=True),
         past=st.lists(st.tuples(spaces, tokens), max_size=6),
@@ -163,6 +169,8 @@ class Machine(RuleBasedStateMachine):
         num_blocks: int,
         block_size: int,
         alphabet: int,
+        by_block: bool,
+        reserve_block_0: bool,
         thread_safe: bool,
         namespaces: list[Namespace],
         past: list[tuple[int, list[int]]],
@@ -171,12 +179,22 @@ class Machine(RuleBasedStateMachine):
     ) -> Any:
         """A cache that was in use before: hypothesis leaves many rules out of an example, and an
         example without any that opens would see an empty cache only."""
-        self.cache = pt.PrefixCache(num_blocks, block_size, thread_safe=thread_safe)
+
+        def make(thread_safe: bool) -> pt.PrefixCache:
+            return pt.PrefixCache(
+                num_blocks,
+                block_size,
+                align="block" if by_block else "token",
+                reserve_block_0=reserve_block_0,
+                thread_safe=thread_safe,
+            )
+
+        self.cache = make(thread_safe)
         # In one thread the lock makes no difference: the twin does without, or the other way round.
-        self.journal = Journal(
-            lambda: pt.PrefixCache(num_blocks, block_size, thread_safe=not thread_safe)
-        )
-        self.model = ModelCache()
+        self.journal = Journal(lambda: make(not thread_safe))
+        self.align = block_size if by_block else 1
+        self.model = ModelCache(self.align)
+        self.num_reserved = int(reserve_block_0)
         self.block_size = block_size
         self.alphabet = alphabet
         self.namespaces = namespaces
@@ -185,7 +203,7 @@ class Machine(RuleBasedStateMachine):
         self.pins: list[PinHandle] = []
         self.sequences_made = self.pins_made = 0
         self.kv: dict[int, Path] = {}
-        self.view = View({}, {}, set(), 0)
+        self.view = View({}, {}, {}, set(), 0)
         self.holders: list[Holder] = []
         self.counted = dict.fromkeys(
             [
@@ -280,6 +298,8 @@ class Machine(RuleBasedStateMachine):
         assert self.fingerprint() == before
 
     def write(self, slots: Sequence[int], path: Path, start: int) -> None:
+        for handle in self.handles:
+            assert not handle.stale & set(slots), f"{handle} may still be read there"
         for slot, written in zip(slots, prefixes(*path)[start:], strict=True):
             self.kv[slot] = written
 
@@ -293,11 +313,11 @@ class Machine(RuleBasedStateMachine):
         remaining = {
             path
             for leaf, length in zip(leaves, lengths, strict=True)
-            for path in prefixes(leaf.namespace, leaf.tokens[:length])
+            for path in self.model.prefixes(leaf.namespace, leaf.tokens[:length])
         }
         evicted = self.model.lose(remaining, keep)
         assert lengths == [self.model.cached(*leaf) for leaf in leaves]
-        self.counted["evicted_tokens"] += len(evicted)
+        self.counted["evicted_tokens"] += self.align * len(evicted)
         return evicted
 
     def blocks_taken(self, slots: Sequence[int], held: Sequence[int]) -> int:
@@ -326,7 +346,7 @@ class Machine(RuleBasedStateMachine):
         and `most` blocks; `taken` counts them from its result. Returns None when it was refused.
         """
         before = self.fingerprint()
-        free = self.cache.stats().free_blocks
+        free, retired = self.cache.stats().free_blocks, self.cache.stats().retired_blocks
         known = self.model.leaves()
         twin = self.journal.replay()
         if keep:
@@ -338,7 +358,10 @@ class Machine(RuleBasedStateMachine):
         else:
             needed = taken(result)
             assert least <= needed <= most
-            evicted = self.learn(prefixes(*keep) if keep else [])
+            evicted = self.learn(self.model.prefixes(*keep) if keep else [])
+            settled = retired - self.cache.stats().retired_blocks
+            assert settled >= 0
+            free += settled
             if needed <= free:
                 assert not evicted, "evicted without need"
                 assert self.cache.stats().free_blocks == free - needed
@@ -351,7 +374,7 @@ class Machine(RuleBasedStateMachine):
             return result
         assert self.fingerprint() == before
         assert least <= refused.needed <= most
-        assert refused.free == free
+        assert free <= refused.free <= free + retired
         assert refused.evictable == twin.cache.clear().blocks
         assert refused.needed > refused.free + refused.evictable
         for number in (refused.needed, refused.free, refused.evictable):
@@ -462,6 +485,8 @@ class Machine(RuleBasedStateMachine):
         assert slots.dtype == np.int64
         assert slots.shape == (len(packed),)
         parts = np.split(slots, np.cumsum(counts)[:-1])
+        for member in members:
+            member.stale.clear()
         for member, part, slots_of_member in zip(members, new, parts, strict=True):
             before = len(member.model)
             self.model.append(member.model, part)
@@ -471,7 +496,9 @@ class Machine(RuleBasedStateMachine):
             self.write(slots_of_member.tolist(), member.model.path, before)
 
     def commit(self, batch: Any, members: list[Handle]) -> None:
-        self.cache.commit(batch)
+        before = [member.real.slots(0, len(member.real)).tolist() for member in members]
+        moved = self.cache.commit(batch)
+        self.settle(members, before, moved.tolist())
         chosen = [member.index for member in members]
         self.journal.calls.append(
             lambda twin: twin.cache.commit([twin.sequences[index] for index in chosen])
@@ -480,29 +507,66 @@ class Machine(RuleBasedStateMachine):
             self.model.commit(member.model, len(member.model))
 
     def commit_one(self, handle: Handle, length: int) -> None:
-        handle.real.commit(length)
+        before = handle.real.slots(0, len(handle.real)).tolist()
+        moved = handle.real.commit(length)
+        self.settle([handle], [before], [0] if moved else [])
         self.journal.calls.append(lambda twin: twin.sequences[handle.index].commit(length))
         self.model.commit(handle.model, length)
 
+    def settle(self, members: list[Handle], before: list[list[int]], moved: list[int]) -> None:
+        """After a commit of these: who moved was told so, and may be read at its old slots."""
+        changed = []
+        for index, (member, old) in enumerate(zip(members, before, strict=True)):
+            now = member.real.slots(0, len(old)).tolist()
+            member.stale = set(old) - set(now)
+            if now != old:
+                changed.append(index)
+        assert moved == changed
+
     def roll_back(self, handle: Handle, count: int) -> None:
+        length = len(handle.model) - count
+        again = self.align > 1 and length < handle.model.found and length % self.align > 0
+        before = self.fingerprint()
+        stats = self.cache.stats()
+        if again and stats.free_blocks + stats.evictable_blocks == 0:
+            with pytest.raises(OutOfBlocks) as refused:
+                handle.real.rollback(count)
+            numbers = refused.value.needed, refused.value.free, refused.value.evictable
+            assert numbers == (1, 0, 0)
+            assert self.fingerprint() == before
+            return
         handle.real.rollback(count)
+        if again:
+            handle.refills += 1
+            self.learn()
+            start = self.model.aligned(length)
+            path = handle.model.path._replace(tokens=handle.model.path.tokens[:length])
+            self.write(handle.real.slots(start, length).tolist(), path, start)
         self.journal.calls.append(lambda twin: twin.sequences[handle.index].rollback(count))
         self.model.rollback(handle.model, count)
         self.counted["rollbacks"] += 1
 
     def fork(self, handle: Handle, count: int) -> list[Handle]:
-        free = self.cache.stats().free_blocks
-        real = handle.real.fork(count)
+        length = len(handle.model)
+        shared = self.model.aligned(length)
+        needed = count if shared < length else 0
+        real = self.reserve(
+            lambda: handle.real.fork(count), None, needed, needed, taken=lambda _: needed
+        )
+        if real is None:
+            return []
+        for fork in real:
+            self.write(fork.slots(shared, length).tolist(), handle.model.path, shared)
         self.journal.calls.append(
             lambda twin: twin.sequences.extend(twin.sequences[handle.index].fork(count))
         )
         models = self.model.fork(handle.model, count)
         self.counted["forks"] += count
-        assert self.cache.stats().free_blocks == free
         return list(map(self.handle, real, models))
 
     def preempt(self, handle: Handle) -> None:
         handle.real.preempt()
+        handle.stale.clear()
         self.journal.calls.append(lambda twin: twin.sequences[handle.index].preempt())
         self.model.preempt(handle.model)
         self.handles.remove(handle)
@@ -560,6 +624,7 @@ class Machine(RuleBasedStateMachine):
             [twin.sequences[handle.index] for handle in self.handles],
             [handle.model.namespace for handle in self.handles],
             self.model.leaves(),
+            self.align,
         )
         self.holders = [handle.holder for handle in self.handles]
         self.check_blocks()  # 1, 2
@@ -580,6 +645,17 @@ class Machine(RuleBasedStateMachine):
             assert real.cached_len == model.cached_len
             assert real.tokens().dtype == np.int32
             assert real.tokens().tolist() == model.tokens
+            if self.align == self.block_size:
+                slots = real.slots(0, len(real))
+                table = real.block_table()
+                assert len(table) == -(-len(real) // self.block_size)
+                assert (
+                    table.repeat(self.block_size)[: len(real)] == slots // self.block_size
+                ).all()
+                assert (slots % self.block_size == np.arange(len(real)) % self.block_size).all()
+            else:
+                with pytest.raises(NotAligned):
+                    real.block_table()
         for handle in self.preempted:
             assert handle.real.is_preempted
             assert not handle.real.is_open
@@ -587,13 +663,16 @@ class Machine(RuleBasedStateMachine):
     def check_blocks(self) -> None:
         """A block is in use exactly while a committed or a reserved token lies on it."""
         stats = self.cache.stats()
-        assert stats.free_blocks + len(self.view.blocks) == stats.num_blocks
-        assert all(0 <= block < stats.num_blocks for block in self.view.blocks)
+        aside = stats.retired_blocks + self.num_reserved
+        assert stats.free_blocks + len(self.view.blocks) + aside == stats.num_blocks
+        stale = {slot // self.block_size for handle in self.handles for slot in handle.stale}
+        assert stats.retired_blocks == len(stale - self.view.blocks)
+        assert all(self.num_reserved <= block < stats.num_blocks for block in self.view.blocks)
 
     def check_kv(self) -> None:
         """Everybody reads the KV of their own path, the committed tokens and the others."""
         assert self.view.committed.keys() == set(self.model.paths)
-        for path, slot in self.view.committed.items():
+        for slot, path in self.view.written.items():
             assert self.kv[slot] == path
         for (index, position), slot in self.view.reserved.items():
             namespace, tokens = self.handles[index].model.path
@@ -614,10 +693,10 @@ class Machine(RuleBasedStateMachine):
 
     def check_counters(self) -> None:
         stats = self.cache.stats()
-        pinned = len(self.model.pinned())
-        assert stats.cached_tokens == len(self.model.paths)
-        assert stats.pinned_tokens == pinned
-        assert stats.evictable_tokens == len(self.model.paths) - pinned
+        pinned, cached = len(self.model.pinned()), len(self.model.paths)
+        assert stats.cached_tokens == self.align * cached
+        assert stats.pinned_tokens == self.align * pinned
+        assert stats.evictable_tokens == self.align * (cached - pinned)
         assert stats.nodes == self.view.nodes
         assert stats.open_sequences == len(self.handles)
         assert stats.logical_tokens == sum(len(handle.model) for handle in self.handles)
@@ -631,9 +710,10 @@ class Machine(RuleBasedStateMachine):
         stats = twin.cache.stats()
         assert freed == self.cache.stats().evictable_blocks == stats.free_blocks - free
         pinned = self.model.pinned()
-        assert stats.cached_tokens == stats.pinned_tokens == len(pinned)
+        assert stats.cached_tokens == stats.pinned_tokens == self.align * len(pinned)
         for path in [handle.model.path for handle in self.handles + self.preempted]:
-            assert twin.cached(path) == sum(prefix in pinned for prefix in prefixes(*path))
+            held = sum(prefix in pinned for prefix in self.model.prefixes(*path))
+            assert twin.cached(path) == self.align * held
         for path in [pin.path for pin in self.pins if pin.path.tokens]:
             assert twin.cached(path) == len(path.tokens)
 
@@ -672,6 +752,6 @@ class Machine(RuleBasedStateMachine):
         self.cache.clear()
         self.cache.check()
         stats = self.cache.stats()
-        assert stats.free_blocks == stats.num_blocks
+        assert stats.free_blocks == stats.num_blocks - self.num_reserved
         assert stats.nodes == stats.cached_tokens == stats.open_sequences == 0
         assert self.cache.tree().roots.keys() == {""}

@@ -1,9 +1,9 @@
 """What a prefix cache must answer, from a dictionary of paths and lists of tokens.
 
-The model knows no blocks, no nodes and no order of eviction. It keeps every committed prefix as a
-namespace and a tuple of tokens, and every open sequence as a list. It predicts matches, lengths,
-errors and what `forget` drops. What an eviction took is learned from the cache afterwards (`lose`)
-and judged here.
+The model knows no blocks, no nodes and no order of eviction. It keeps every committed prefix (of
+whole blocks, where only these are shared) as a namespace and a tuple of tokens, and every open
+sequence as a list. It predicts matches, lengths, errors and what `forget` drops. What an eviction
+took is learned from the cache afterwards (`lose`) and judged here.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: (repr(path.namespace), path.tokens))
 
 
-def prefixes(namespace: Namespace, tokens: Sequence[int]) -> list[Path]:
-    """All prefixes of these tokens but the empty one, shortest first."""
-    return [Path(namespace, tuple(tokens[:stop])) for stop in range(1, len(tokens) + 1)]
+def prefixes(namespace: Namespace, tokens: Sequence[int], align: int = 1) -> list[Path]:
+    """All prefixes of a multiple of `align` tokens but the empty one, shortest first."""
+    stops = range(align, len(tokens) + 1, align)
+    return [Path(namespace, tuple(tokens[:stop])) for stop in stops]
 
 
 def common_length(left: Sequence[int], right: Sequence[int]) -> int:
@@ -68,6 +69,7 @@ class ModelSequence:
     cached_len: int
     committed: int
     fork_len: int = 1
+    align: int = 1
     is_open: bool = True
     runs: int = 1
     """How often it was opened: once, and once more with every resume."""
@@ -86,7 +88,12 @@ class ModelSequence:
     @property
     def held(self) -> list[Path]:
         """The committed paths that it keeps while it is open."""
-        return prefixes(self.namespace, self.tokens[: self.committed])
+        return prefixes(self.namespace, self.tokens[: self.found], self.align)
+
+    @property
+    def found(self) -> int:
+        """Its tokens that others match."""
+        return self.committed - self.committed % self.align
 
 
 class Forgetting(NamedTuple):
@@ -99,7 +106,8 @@ class Forgetting(NamedTuple):
 class ModelCache:
     """Never runs out of memory and never forgets by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, align: int = 1) -> None:
+        self.align = align
         self.uses: dict[Path, Use] = {}
         self.sequences: list[ModelSequence] = []
         self.pins: list[Path] = []
@@ -111,10 +119,21 @@ class ModelCache:
         return self.uses.keys()
 
     def cached(self, namespace: Namespace, tokens: Sequence[int]) -> int:
-        length = 0
-        while length < len(tokens) and Path(namespace, tuple(tokens[: length + 1])) in self.uses:
-            length += 1
-        return length
+        return self.align * next(
+            (
+                count
+                for count, path in enumerate(self.prefixes(namespace, tokens))
+                if path not in self.uses
+            ),
+            len(tokens) // self.align,
+        )
+
+    def prefixes(self, namespace: Namespace, tokens: Sequence[int]) -> list[Path]:
+        """Those prefixes that the cache can know."""
+        return prefixes(namespace, tokens, self.align)
+
+    def aligned(self, length: int) -> int:
+        return length - length % self.align
 
     def pending(self, namespace: Namespace, tokens: Sequence[int]) -> int:
         """Tokens right behind the cached ones that are in an open sequence's prompt."""
@@ -124,21 +143,24 @@ class ModelCache:
             if sequence.namespace == namespace
         ]
         cached = self.cached(namespace, tokens)
-        return max([0, *(common_length(tokens, prompt) - cached for prompt in prompts)])
+        common = [self.aligned(common_length(tokens, prompt)) for prompt in prompts]
+        return max([0, *(length - cached for length in common)])
 
     def leaves(self) -> list[Path]:
         """The paths that no other path continues, in a fixed order."""
-        inner = {Path(namespace, tokens[:-1]) for namespace, tokens in self.uses}
+        inner = {Path(namespace, tokens[: -self.align]) for namespace, tokens in self.uses}
         return in_order(path for path in self.uses if path not in inner)
 
     def pinned(self) -> set[Path]:
         """The paths that open sequences and pins hold."""
         held = {path for sequence in self.sequences for path in sequence.held}
-        return held.union(*(prefixes(*pin) for pin in self.pins))
+        return held.union(*(self.prefixes(*pin) for pin in self.pins))
 
     def open(self, namespace: Namespace, tokens: Sequence[int]) -> ModelSequence:
         cached = self.cached(namespace, tokens)
-        sequence = ModelSequence(namespace, list(tokens), len(tokens), cached, cached)
+        sequence = ModelSequence(
+            namespace, list(tokens), len(tokens), cached, cached, align=self.align
+        )
         self.sequences.append(sequence)
         self._use(sequence.held, surely_from=0)
         return sequence
@@ -154,9 +176,16 @@ class ModelCache:
     def fork(self, sequence: ModelSequence, count: int) -> list[ModelSequence]:
         length = len(sequence)
         sequence.fork_len = length
+        shared = self.aligned(length)
         forks = [
             ModelSequence(
-                sequence.namespace, list(sequence.tokens), length, length, length, fork_len=length
+                sequence.namespace,
+                list(sequence.tokens),
+                length,
+                shared,
+                shared,
+                fork_len=length,
+                align=self.align,
             )
             for _ in range(count)
         ]
@@ -168,6 +197,8 @@ class ModelCache:
         self._use(sequence.held)
         length = len(sequence) - count
         del sequence.tokens[length:]
+        if length < sequence.found:
+            sequence.committed = self.aligned(length)
         sequence.committed = min(sequence.committed, length)
         sequence.prompt_len = min(sequence.prompt_len, length)
 
@@ -195,11 +226,11 @@ class ModelCache:
         namespace, tokens = path
         pin = Path(namespace, tokens[: self.cached(namespace, tokens)])
         self.pins.append(pin)
-        self._use(prefixes(*pin))
+        self._use(self.prefixes(*pin))
         return pin
 
     def unpin(self, pin: Path) -> None:
-        self._use(prefixes(*pin))
+        self._use(self.prefixes(*pin))
         self.pins.remove(pin)
 
     def forget(self, top: Path) -> Forgetting:
@@ -208,6 +239,8 @@ class ModelCache:
         The empty path stands for the whole namespace. Behind a path that is not cached there is
         nothing. Forgetting is no use: the paths that stay are as old as before.
         """
+        if len(top.tokens) % self.align:
+            return Forgetting(set(), set())
         behind = {path for path in self.uses if path != top and path.starts_with(top)}
         kept = behind & self.pinned()
         for path in behind - kept:
@@ -228,7 +261,8 @@ class ModelCache:
         orphans = {
             path
             for path in remaining
-            if len(path.tokens) > 1 and path._replace(tokens=path.tokens[:-1]) not in remaining
+            if len(path.tokens) > self.align
+            and path._replace(tokens=path.tokens[: -self.align]) not in remaining
         }
         assert not orphans, f"evicted below the paths {in_order(orphans)}"
         spared = [leaf for leaf in self.leaves() if leaf in remaining and leaf not in pinned]

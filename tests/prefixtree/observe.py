@@ -95,7 +95,9 @@ class View:
     """Where everything lies: what one look at a cache found."""
 
     committed: dict[Path, int]
-    """The slot of every committed path's last token."""
+    """The slot of every committed path's last token; under alignment, of paths of whole blocks."""
+    written: dict[int, Path]
+    """What every slot with a committed token must hold."""
     reserved: dict[tuple[int, int], int]
     """The slot of every uncommitted token, by (index of the sequence, position)."""
     blocks: set[int]
@@ -143,11 +145,12 @@ def look(
     batch: list[pt.Sequence],
     namespaces: Sequence[Namespace],
     leaves: Sequence[Path],
+    align: int,
 ) -> View:
     """Finds the slot of every token, and checks that tokens lie on blocks as they must.
 
     `batch` are all open sequences of the twin, `namespaces` are theirs, `leaves` are the longest
-    committed paths.
+    committed paths, `align` what the lengths of matches are multiples of.
     """
     opened = len(batch)
     batch = [*batch, *map(twin.open, leaves)]
@@ -155,9 +158,10 @@ def look(
     for sequence in batch[opened:]:
         assert sequence.cached_len == len(sequence)
     committed: dict[Path, int] = {}
+    written: dict[int, Path] = {}
     reserved: dict[tuple[int, int], int] = {}
     if not batch:
-        return View(committed, reserved, set(), 0)
+        return View(committed, written, reserved, set(), 0)
 
     query_lens = [max(1, len(sequence) - sequence.committed) for sequence in batch]
     forest = twin.cache.forest(batch, query_lens=query_lens)
@@ -166,24 +170,27 @@ def look(
     nodes: set[int] = set()
     for index, sequence in enumerate(batch):
         slots = sequence.slots(0, len(sequence)).tolist()
+        found = sequence.committed - sequence.committed % align
         for position, path in enumerate(prefixes(namespaces[index], sequence.tokens().tolist())):
             slot = slots[position]
             places[slot // twin.cache.block_size].add((path, slot))
-            if position < sequence.committed:
-                assert committed.setdefault(path, slot) == slot, f"{path} is cached twice"
+            if position < found:
+                assert written.setdefault(slot, path) == path, f"{path} is where others are"
+                if (position + 1) % align == 0:
+                    assert committed.setdefault(path, slot) == slot, f"{path} is cached twice"
             else:
                 assert index < opened
                 reserved[index, position] = slot
         for node in ancestry(forest, forest.leaf[index]):
-            if forest.start[node] < sequence.committed:
+            if forest.start[node] < found:
                 nodes.add(node)
-    taken = [*committed.values(), *reserved.values()]
+    taken = [*written, *reserved.values()]
     assert len(taken) == len(set(taken)), "two tokens share a slot"
     for block, tokens in places.items():
         _check_block(block, sorted(tokens, key=lambda token: token[1]))
     for sequence in batch[opened:]:
         sequence.close()
-    return View(committed, reserved, set(places), len(nodes))
+    return View(committed, written, reserved, set(places), len(nodes))
 
 
 def _check_block(block: int, tokens: list[tuple[Path, int]]) -> None:

@@ -184,6 +184,8 @@ class Caching(Keeping):
                 handle.real.fork(count)
             return multiple()
         forks = self.fork(handle, count)
+        if not forks:
+            return multiple()
         below_one = [InvalidLength] if len(handle.model) == 1 else []
         for side in (handle, *forks):
             with self.refusal(RollbackPastFork, *below_one):

@@ -34,6 +34,7 @@ class BlockPool:
         if self.num_blocks > _MOST_BLOCKS:
             raise InvalidArgument(f"num_blocks is {num_blocks}, expected at most {_MOST_BLOCKS}")
         self._refs = np.zeros(self.num_blocks, np.int32)
+        self._ids = np.arange(self.num_blocks, dtype=np.int32)  # runs of ids are slices of it
         self._free = FreeExtents(self.num_blocks)
 
     @property
@@ -65,7 +66,8 @@ class BlockPool:
                 raise ForeignBlock([after])
         if count > self._free.total:
             raise OutOfBlocks(count, self._free.total)
-        blocks = _ids(self._take(count, after))
+        runs = [self._ids[start : start + taken] for start, taken in self._take(count, after)]
+        blocks: Int32s = np.concatenate(runs) if runs else self._ids[:0].copy()
         self._refs[blocks] = 1
         return blocks
 
@@ -151,17 +153,6 @@ class BlockPool:
         return ids, 1
 
 
-def _ids(runs: list[tuple[int, int]]) -> Int32s:
-    """The ids of runs (start, length), in the order of the runs."""
-    if len(runs) == 1:
-        start, length = runs[0]
-        return np.arange(start, start + length, dtype=np.int32)
-    starts, lengths = np.array(runs, np.int32).reshape(-1, 2).T
-    before = np.cumsum(lengths, dtype=np.int32) - lengths
-    ids: Int32s = np.arange(lengths.sum(), dtype=np.int32) + np.repeat(starts - before, lengths)
-    return ids
-
-
 def _runs(ids: Int32s) -> list[tuple[int, int]]:
     """Ascending distinct ids as runs (start, length)."""
     if not ids.size:
@@ -169,6 +160,9 @@ def _runs(ids: Int32s) -> list[tuple[int, int]]:
     if ids.item(-1) - ids.item(0) == ids.size - 1:
         return [(ids.item(0), ids.size)]
     (breaks,) = np.nonzero(ids[1:] - ids[:-1] != 1)
-    firsts = np.concatenate(([0], breaks + 1))
-    lengths = np.diff(firsts, append=ids.size)
-    return list(zip(ids[firsts].tolist(), lengths.tolist(), strict=True))
+    bounds = [0, *(breaks + 1).tolist(), ids.size]
+    firsts = ids[bounds[:-1]].tolist()
+    return [
+        (first, end - begin)
+        for first, begin, end in zip(firsts, bounds[:-1], bounds[1:], strict=True)
+    ]

@@ -562,8 +562,10 @@ class PrefixCache:
             needed = int(self._tree.aligned(target) < target)
             self._require(needed)
             self._free_up(needed, "rollback")
+            self._tails.settle([tail])
             self._tails.move_up(tail, target)
         else:
+            self._tails.settle([tail])
             self._tails.truncate(tail, target)
         self._counters.rollbacks += 1
         if tail in self._prefilling:

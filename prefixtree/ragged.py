@@ -14,16 +14,20 @@ def spans(starts: Int64s, counts: Int64s) -> Int64s:
     return np.arange(total) + np.repeat(starts - ends + counts, counts)
 
 
+LEAST = 1 << 18
+"""Entries of a buffer: few long lists that come and go do not fill it again and again."""
+
+
 class RaggedInts:
     """Lists numbered by their owner's rows; a row never set is an empty list.
 
     A batch of lists is extended or gathered by a few vector operations. A list that outgrows its
     room moves to the end of the buffer with twice the room. When the buffer is full it is rebuilt
-    without holes, at twice the size of what is in it, so that an entry costs amortised O(1).
+    without holes, with room for as much again at least, so that an entry costs amortised O(1).
     """
 
     def __init__(self) -> None:
-        self._buffer: Int32s = np.empty(1024, np.int32)
+        self._buffer: Int32s = np.empty(LEAST, np.int32)
         self._end = 0
         self.size: Column = np.zeros(64, np.int64).data
         self._start: Column = np.zeros(64, np.int64).data
@@ -39,7 +43,8 @@ class RaggedInts:
         self.reach(row)
         size = len(values)
         if self._room[row] < size:
-            values = values.copy()  # making room may move the list that `values` looks at
+            if values.base is self._buffer:
+                values = values.copy()  # making room may move the list that `values` looks at
             self._room[row] = self.size[row] = 0
             self._make_room(size)
             self._start[row] = self._end
@@ -104,7 +109,10 @@ class RaggedInts:
         values = self.gather(rows, sizes)
         starts = np.cumsum(rooms) - rooms
         self._end = int(rooms.sum())
-        self._buffer = np.empty(2 * (self._end + count), np.int32)
+        size = max(LEAST, 2 * (self._end + count))
+        # Memory in use already is faster than new memory, unless it is far too much.
+        if not len(self._buffer) // 8 <= size <= len(self._buffer):
+            self._buffer = np.empty(size, np.int32)
         self._buffer[spans(starts, sizes)] = values
         np.asarray(self._start)[rows] = starts
 

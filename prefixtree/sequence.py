@@ -91,8 +91,8 @@ class Sequence:
 
         Tokens that the tree has meanwhile got from another sequence are not kept twice: this
         sequence then moves over to the first copy, and True is returned: slots and block table are
-        others now. Its own copy's blocks come free when it is appended to or committed again, or
-        ends: what was launched with the old ones may still read there.
+        others now. Its own copy's blocks come free when it is next appended to, committed, rolled
+        back or ended: what was launched with the old ones may still read there.
 
         Under `align="block"` others match whole blocks only. Raises `InvalidLength` unless
         committed <= length <= len. O(1) but for the first commit behind a node: O(length).

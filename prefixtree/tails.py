@@ -231,11 +231,11 @@ class Tails:
         tree, nodes = self._tree, self._tree.nodes
         parent = nodes.parent[tail]
         nodes.length[tail] = length
-        data = tree.tail_tokens.get(tail)[:length].tobytes()
-        if tree.child(parent, data) < 0:
+        tokens = tree.tail_tokens.get(tail)[:length]
+        if tree.child(parent, tokens[: tree.align].tobytes()) < 0:
             tree.link(tail)
             return False
-        place = tree.walk(data, parent)
+        place = tree.walk(tokens.tobytes(), parent)
         node = self.land(place)
         self._move_pin(parent, node)
         gone = tree.drop_front(tail, place.matched)

@@ -207,7 +207,10 @@ class Keeping(Machine):
     def preempt_a_fork(self, handle: Handle, more: list[int]) -> Any:
         """The fork comes back to what it shares with the sequence it was forked from."""
         self.commit_one(handle, len(handle.model))
-        (fork,) = self.fork(handle, 1)
+        forks = self.fork(handle, 1)
+        if not forks:
+            return handle
+        (fork,) = forks
         self.append([fork.real], [fork], [more])
         self.preempt(fork)
         self.check_all()

@@ -536,6 +536,7 @@ class Machine(RuleBasedStateMachine):
             assert self.fingerprint() == before
             return
         handle.real.rollback(count)
+        handle.stale.clear()
         if again:
             handle.refills += 1
             self.learn()

@@ -19,6 +19,7 @@ from prefixtree.errors import (
 )
 
 from .machine import (
+    TWIN_EVERY,
     Handle,
     Machine,
     PinHandle,
@@ -128,6 +129,8 @@ class Keeping(Machine):
 
     def forget(self, top: Path) -> None:
         """Forgets what is behind a path, all of the namespace for the empty one."""
+        if self.steps % TWIN_EVERY:
+            self.check_on_twin()
         namespace, tokens = top
         wanted = tokens or None
         free = self.cache.stats().free_blocks

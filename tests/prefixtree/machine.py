@@ -9,6 +9,7 @@ that sharing, splits inside a block, duplicates and evictions happen all the tim
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,11 @@ arrivals = st.tuples(
     st.integers(0, 20),
     st.sampled_from([False] * 5 + [True]),
 )
+
+# Repeating all calls on a twin, to see the whole tree from outside, is most of the work. A soak of
+# a million steps does it at some steps only; all that can be asked of the cache itself is asked at
+# each step.
+TWIN_EVERY = 16 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 1
 
 sequences = Bundle("sequences")
 closed = Bundle("closed")
@@ -203,6 +209,7 @@ class Machine(RuleBasedStateMachine):
         self.pins: list[PinHandle] = []
         self.sequences_made = self.pins_made = 0
         self.kv: dict[int, Path] = {}
+        self.steps = 0
         self.view = View({}, {}, {}, set(), 0)
         self.holders: list[Holder] = []
         self.counted = dict.fromkeys(
@@ -348,8 +355,8 @@ class Machine(RuleBasedStateMachine):
         before = self.fingerprint()
         free, retired = self.cache.stats().free_blocks, self.cache.stats().retired_blocks
         known = self.model.leaves()
-        twin = self.journal.replay()
-        if keep:
+        twin = self.journal.replay() if self.steps % TWIN_EVERY == 0 else None
+        if twin and keep:
             twin.open(keep)
         try:
             result = call()
@@ -365,7 +372,7 @@ class Machine(RuleBasedStateMachine):
             if needed <= free:
                 assert not evicted, "evicted without need"
                 assert self.cache.stats().free_blocks == free - needed
-            else:
+            elif twin:
                 freed = twin.cache.evict(needed - free).blocks
                 assert self.cache.stats().free_blocks == free + freed - needed
                 assert [twin.cached(leaf) for leaf in known] == [
@@ -375,7 +382,7 @@ class Machine(RuleBasedStateMachine):
         assert self.fingerprint() == before
         assert least <= refused.needed <= most
         assert free <= refused.free <= free + retired
-        assert refused.evictable == twin.cache.clear().blocks
+        assert twin is None or refused.evictable == twin.cache.clear().blocks
         assert refused.needed > refused.free + refused.evictable
         for number in (refused.needed, refused.free, refused.evictable):
             assert str(number) in str(refused)
@@ -616,7 +623,16 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def check_all(self) -> None:
+        self.steps += 1
         self.check_sequences()
+        self.check_counters()  # 4, 6
+        self.check_matches()  # 8
+        self.check_namespaces()
+        self.cache.check()
+        if self.steps % TWIN_EVERY == 0:
+            self.check_on_twin()
+
+    def check_on_twin(self) -> None:
         twin = self.journal.replay()
         assert self.fingerprint_of(twin) == self.fingerprint()  # 9
         earlier, earlier_holders = self.view, self.holders
@@ -630,12 +646,10 @@ class Machine(RuleBasedStateMachine):
         self.holders = [handle.holder for handle in self.handles]
         self.check_blocks()  # 1, 2
         self.check_kv()  # 3, 7
-        self.check_nothing_moved(earlier, earlier_holders)
-        self.check_counters()  # 4, 6
+        if TWIN_EVERY == 1:
+            self.check_nothing_moved(earlier, earlier_holders)
+        assert self.cache.stats().nodes == self.view.nodes
         self.check_pins(twin)  # 5
-        self.check_matches()  # 8
-        self.check_namespaces()
-        self.cache.check()
 
     def check_sequences(self) -> None:
         for handle in self.handles:
@@ -698,7 +712,6 @@ class Machine(RuleBasedStateMachine):
         assert stats.cached_tokens == self.align * cached
         assert stats.pinned_tokens == self.align * pinned
         assert stats.evictable_tokens == self.align * (cached - pinned)
-        assert stats.nodes == self.view.nodes
         assert stats.open_sequences == len(self.handles)
         assert stats.logical_tokens == sum(len(handle.model) for handle in self.handles)
         for name, count in self.counted.items():
@@ -747,6 +760,7 @@ class Machine(RuleBasedStateMachine):
         for handle in self.handles + self.preempted:
             self.shut(handle)
             self.check_all()
+        self.check_on_twin()
         for pin in list(self.pins):
             self.unpin(pin)
             self.check_all()

@@ -136,7 +136,7 @@ def read(path: str | os.PathLike[str], storage: KVStorage | None) -> Snapshot:
             f"{name} is {found['dtype']} {found['shape']}, expected {_NAMES[dtype.name]} {shape}",
         )
         # A copy: what is checked below must not change with the file.
-        return np.array(file.get_tensor(name), dtype)
+        return np.asarray(file.get_tensor(name)).astype(dtype)
 
     namespaces = _namespaces(load("namespaces", np.uint8).tobytes())
     count = header.tensors.get("parent", {"shape": [0]})["shape"]

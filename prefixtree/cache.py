@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,9 @@ from prefixtree.tails import Tails
 from prefixtree.tokens import TokensLike, as_prompt, as_tokens
 from prefixtree.tree import DEFAULT, NOWHERE, Namespace, Place, RadixTree, as_namespace
 from prefixtree.view import TreeView
+
+if TYPE_CHECKING:
+    from allocator import KVStorage
 
 
 class Match(NamedTuple):
@@ -365,6 +369,56 @@ class PrefixCache:
         """Recounts everything; raises `BrokenInvariant` that names what is wrong. O(cache)."""
         aside = np.concatenate([self._reserved, self._tails.retired])
         check(self._tree, self._pool, self._pins, list(self._open.values()), self._kept, aside)
+
+    @guarded
+    def save(self, path: str | os.PathLike[str], storage: KVStorage | None = None) -> None:
+        """Writes a snapshot for `restore`: what is committed, with its K and V from `storage`.
+
+        At any time, also while sequences run: other calls wait. What is in use counts as used last.
+        The file is replaced as a whole or not at all. Raises OSError that names `path` when it
+        cannot be written, the allocator's `KVMismatch` for a storage of other sizes than the
+        cache. O(nodes + tokens + bytes of the blocks in use).
+        """
+        from prefixtree.snapshot import save
+
+        save(path, self._tree, self._pool, self._reserved, storage)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        storage: KVStorage | None = None,
+        *,
+        eviction: str | EvictionPolicy = "lru",
+        thread_safe: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Self:
+        """A cache of the sizes and the alignment of the saved one, which matches what that one did.
+
+        Everything is in the slots where it was and in the same order of eviction. All of it may be
+        evicted: sequences and pins are not restored. Statistics begin anew. With `storage`, the
+        saved K and V are written to it; without, they must come to their slots by other means.
+
+        Raises OSError when the file cannot be read; `InvalidSnapshot` when it is no snapshot, is
+        damaged, of another version, contradicts itself or does not fit `storage`, which is then as
+        before; ImportError without safetensors. Nothing in the file is executed.
+        """
+        from prefixtree.snapshot import fill, fill_storage, read
+
+        snapshot = read(path, storage)
+        cache = cls(
+            snapshot.num_blocks,
+            snapshot.block_size,
+            align=snapshot.align,
+            reserve_block_0=snapshot.reserve_block_0,
+            eviction=eviction,
+            thread_safe=thread_safe,
+            clock=clock,
+        )
+        fill(snapshot, cache._tree, cache._pool, cache._pins)
+        if storage is not None:
+            fill_storage(snapshot, storage)
+        return cache
 
     @guarded
     def tree(self) -> TreeView:

@@ -36,7 +36,7 @@ class Columns:
     def __init__(self) -> None:
         self._free: list[int] = []
         self._top = 0
-        self._allocate(64)
+        self._allocate(64, 0)
 
     def __len__(self) -> int:
         """Rows in use."""
@@ -48,11 +48,20 @@ class Columns:
             row = self._free.pop()
         else:
             if self._top == len(self.used):
-                self._allocate(2 * self._top)
+                self._allocate(2 * self._top, self._top)
             row = self._top
             self._top += 1
         self.used[row] = 1
         return row
+
+    def extend(self, count: int) -> int:
+        """`count` rows that nobody had before, all fields 0; returns the first. O(capacity)."""
+        first = self._top
+        self._top += count
+        if self._top > len(self.used):
+            self._allocate(max(self._top, 2 * first), first)
+        np.asarray(self.used)[first : self._top] = 1
+        return first
 
     def free(self, row: int) -> None:
         self.used[row] = 0
@@ -62,9 +71,9 @@ class Columns:
         """The rows in use, ascending. O(capacity)."""
         return np.flatnonzero(np.asarray(self.used)[: self._top])
 
-    def _allocate(self, capacity: int) -> None:
+    def _allocate(self, capacity: int, kept: int) -> None:
         for name, form in {"used": "b", **self.FIELDS}.items():
             column = np.zeros(capacity, np.dtype(form))
-            if self._top:
-                column[: self._top] = np.asarray(getattr(self, name))[: self._top]
+            if kept:
+                column[:kept] = np.asarray(getattr(self, name))[:kept]
             setattr(self, name, column.data)

@@ -53,3 +53,7 @@ class RollbackPastFork(PrefixTreeError, ValueError):
 
 class SlotRange(PrefixTreeError, IndexError):
     """Slots were asked for positions that the sequence does not have."""
+
+
+class InvalidSnapshot(PrefixTreeError, ValueError):
+    """A file is no snapshot, is damaged or contradicts itself, or does not fit the storage."""

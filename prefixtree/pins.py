@@ -32,6 +32,17 @@ class Pins:
         self.evicted_nodes = 0
         self.trimmed_nodes = 0
 
+    def adopt(self) -> None:
+        """Takes over a tree that was planted: no node is pinned. O(nodes + leaves * log leaves)."""
+        tree, nodes = self._tree, self._tree.nodes
+        planted = np.flatnonzero(np.asarray(nodes.length))
+        self._tick = int(np.asarray(nodes.last_used)[planted].max(initial=0))
+        self.evictable_tokens = tree.cached_tokens
+        shared = np.asarray(nodes.shares_first)[planted]
+        self.evictable_blocks = int(np.asarray(tree.blocks.size)[planted].sum() - shared.sum())
+        leaves = planted[np.asarray(nodes.children)[planted] == 0].tolist()
+        self._order.update((leaf, self._usage(leaf)) for leaf in leaves)
+
     def pin(self, node: int, by: int = 1) -> None:
         """Pins the path to `node` for `by` more sequences. O(depth)."""
         nodes = self._tree.nodes
@@ -158,15 +169,17 @@ class Pins:
             self._enqueue(leaf)
 
     def _enqueue(self, node: int) -> None:
+        self._order.add(node, self._usage(node))
+
+    def _usage(self, node: int) -> Usage:
         nodes = self._tree.nodes
-        usage = Usage(
+        return Usage(
             last_used=nodes.last_used[node],
             created=nodes.created[node],
             uses=nodes.uses[node],
             tokens=nodes.length[node],
             start=nodes.start[node],
         )
-        self._order.add(node, usage)
 
     def _count(self, node: int, sign: int) -> None:
         self.evictable_tokens += sign * self._tree.nodes.length[node]

@@ -20,10 +20,12 @@ kernels read plain block tables. Children of a node differ in their first `align
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from prefixtree.columns import Column, Columns, Int32s, Int64s
 from prefixtree.errors import InvalidNamespace
@@ -159,6 +161,48 @@ class RadixTree:
         self._root_of[namespace] = node
         self._namespace_of[node] = namespace
         return node
+
+    def plant(
+        self,
+        namespaces: Sequence[Namespace],
+        fields: Mapping[str, npt.NDArray[Any]],
+        tokens: Int32s,
+        blocks: Int32s,
+    ) -> None:
+        """Fills a tree that has nothing but its root with N nodes that belong to no sequence.
+
+        `fields`: int arrays [N] by column name, 0 for columns not named. Nodes get ascending
+        numbers; `parent` counts nodes from 0 or is ~i for the root of `namespaces[i]`. `tokens`
+        and `blocks` are those of all nodes, packed. The caller has checked that all this fits
+        together. A few vector operations, and a slice and a dictionary entry a node.
+        """
+        nodes = self.nodes
+        roots = [
+            ROOT if namespace == DEFAULT else self.add_root(namespace) for namespace in namespaces
+        ]
+        length, parent = fields["length"], fields["parent"]
+        count = len(length)
+        first = nodes.extend(count)
+        above = parent.astype(np.int64) + first
+        top = parent < 0
+        above[top] = np.array(roots, np.int64)[~parent[top]]
+        for name, values in {**fields, "parent": above}.items():
+            np.asarray(getattr(nodes, name))[first : first + count] = values
+        np.asarray(nodes.linked)[first : first + count] = 1
+        below = np.bincount(above, minlength=first + count)
+        np.asarray(nodes.children)[: first + count] = below
+
+        ends = np.cumsum(length)
+        packed, cuts = tokens.tobytes(), [0, *(4 * ends).tolist()]
+        self.tokens.extend(packed[start:stop] for start, stop in pairwise(cuts))
+        edges = map(self._key, above.tolist(), self.tokens[first:])
+        self._child = dict(zip(edges, range(first, first + count), strict=True))
+        self.blocks.reach(first + count - 1)
+        self.tail_tokens.reach(first + count - 1)
+        held = -(-(fields["offset"] + length) // self.block_size)
+        self.blocks.extend(np.arange(first, first + count), held, blocks)
+        self.cached_tokens = len(tokens)
+        self._made = max(self._made, int(fields["created"].max(initial=0)))
 
     def root_of(self, namespace: Namespace) -> int:
         """The root of a namespace, or -1 when nothing is in it."""

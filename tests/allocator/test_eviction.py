@@ -101,6 +101,31 @@ def test_lru_takes_the_least_recently_used_first_and_ties_by_item() -> None:
     assert [order.pop() for _ in range(4)] == [9, 2, 7, 5]
 
 
+@given(st.dictionaries(st.integers(0, 15), usages), st.dictionaries(st.integers(16, 30), usages))
+def test_many_at_once_are_as_many_one_by_one(
+    first: dict[int, Usage], more: dict[int, Usage]
+) -> None:
+    order, other = EvictionOrder(LFU()), EvictionOrder(LFU())
+    for item, usage in (*first.items(), *more.items()):
+        other.add(item, usage)
+    order.update(first.items())
+    order.update(more.items())
+    assert list(order) == list(other)
+    for item in (*first, *more):
+        order.discard(item)
+    assert list(order) == []
+
+
+def test_of_many_at_once_one_that_is_there_spoils_all() -> None:
+    order = EvictionOrder(LRU())
+    order.add(1, used_at(5))
+    for items in ([2, 1], [3, 3]):
+        with pytest.raises(KeyError, match=f"item {items[1]} is in the eviction order"):
+            order.update((item, used_at(0)) for item in items)
+        assert list(order) == [1]
+        assert 2 not in order
+
+
 def test_an_item_used_again_moves_back() -> None:
     order = EvictionOrder(LRU())
     order.add(1, used_at(1))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, NullLocator
 
 from prefixtree.replay.report import Replay
 
-# Told apart without colours, too.
 MARKERS = "osD^vPX*<>hd"
+LARGEST_MARKER = 13
 
 
 def plot(replay: Replay, path: Path) -> None:
@@ -28,12 +28,20 @@ def plot(replay: Replay, path: Path) -> None:
     axes.plot(capacities, bounds, color="black", linestyle="--", marker=".", label="clairvoyant")
     for number, policy in enumerate(dict.fromkeys(run.policy for run in replay.runs)):
         rates = [100 * run.hit_rate for run in replay.runs if run.policy == policy]
-        marker = MARKERS[number % len(MARKERS)]
-        axes.plot(capacities, rates, marker=marker, markersize=5, linewidth=1.2, label=policy)
+        axes.plot(
+            capacities,
+            rates,
+            linewidth=1,
+            # Hollow and one inside the other, so that curves that coincide are all seen.
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=max(LARGEST_MARKER - 1.5 * number, 3),
+            markerfacecolor="none",
+            label=policy,
+        )
     axes.set_xscale("log")
     axes.set_xticks(capacities)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(EngFormatter(sep="", places=None))
+    axes.xaxis.set_major_formatter(FixedFormatter([_short(capacity) for capacity in capacities]))
     axes.tick_params(axis="x", labelrotation=30)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("capacity of the cache, tokens")
@@ -46,3 +54,11 @@ def plot(replay: Replay, path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path)
+
+
+def _short(count: int) -> str:
+    """The count in three digits: 950, 12.5k, 3M."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return str(count)

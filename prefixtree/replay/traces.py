@@ -7,9 +7,9 @@
 | agent (kv-cache-tester) | one object: block_size, requests, some of subagents | said | a list |
 
 In all of them `hash_ids` names the blocks of a prompt, and equal ids within a file are equal
-tokens. What no id covers, a rest shorter than a block and the outputs, is in no other request; unless the
-next turn of the session starts with all blocks of this one and is long enough to contain prompt and
-output: then they are what it has there.
+tokens. What no id covers, a rest shorter than a block and the outputs, is in no other request;
+unless the next turn of the session starts with all blocks of this one and is long enough to contain
+prompt and output: then they are what it has there.
 """
 
 from __future__ import annotations

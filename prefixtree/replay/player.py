@@ -37,7 +37,8 @@ class Player:
     of its session always. A request that does not fit the empty cache is refused.
 
     At the rate `disturb`, a request is aborted in its prompt, one that runs is preempted in its
-    output and resumed before the next arrival, and a prefix of an earlier prompt is forgotten.
+    output and resumed before the next arrival, and of an earlier prompt all is forgotten behind
+    some place in what it did not find cached.
     """
 
     def __init__(self, cache: MeteredCache, running: int, disturb: float, seed: int) -> None:
@@ -48,7 +49,7 @@ class Player:
         self._random = Random(seed)
         self._running: deque[_Running] = deque()
         self._preempted: list[_Running] = []
-        self._seen: list[Request] = []
+        self._served: list[tuple[Request, int]] = []  # each with how much was cached
         self.events: Counter[str] = Counter()
 
     def play(self, requests: Iterable[Request]) -> None:
@@ -86,7 +87,7 @@ class Player:
         self._meter.call("match", self._cache.match, prompt)
         self._make_room(prompt, request.output_length)
         sequence = self._meter.call("open", self._cache.open, prompt)
-        self._seen.append(request)
+        self._served.append((request, sequence.cached_len))
         if self._happens():
             self.events["aborted"] += 1
             written = self._random.randint(sequence.cached_len, len(prompt))
@@ -146,10 +147,11 @@ class Player:
             self._generate(item, self._random.randint(0, item.left))
             item.sequence.preempt()
             self._preempted.append(item)
-        if self._seen and self._happens():
+        if self._served and self._happens():
             self.events["forgotten"] += 1
-            request = self._random.choice(self._seen)
-            length = self._random.randint(1, request.input_length)
+            request, cached_len = self._random.choice(self._served)
+            # Not in front of that: a header that all requests share would soon be gone for all.
+            length = self._random.randint(max(cached_len, 1), request.input_length)
             self._cache.forget(request.tokens()[:length])
 
     def _happens(self) -> bool:

@@ -43,7 +43,6 @@ def plot(replay: Replay, path: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FixedFormatter([_short(capacity) for capacity in capacities]))
     axes.tick_params(axis="x", labelrotation=30)
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("capacity of the cache, tokens")
     axes.set_ylabel("prompt tokens hit, %")
     names = ", ".join(Path(trace).name for trace in replay.traces[:3])

@@ -41,7 +41,14 @@ def test_a_disturbed_replay_ends_clean(
         assert store.stats().free_blocks == num_blocks
 
 
-def test_every_disturbance_happens_and_the_same_seed_repeats_it() -> None:
+def test_every_disturbance_happens_and_the_same_seed_repeats_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resumed = []
+    resume = MeteredCache._resume
+    monkeypatch.setattr(
+        MeteredCache, "_resume", lambda *args: (resumed.append(1), resume(*args))[1]
+    )
     requests = [request(n, [n % 7, n % 3 + 10, n % 2 + 20], [100 + n]) for n in range(300)]
 
     def played(seed: int) -> tuple[dict[str, int], int]:
@@ -51,6 +58,7 @@ def test_every_disturbance_happens_and_the_same_seed_repeats_it() -> None:
         return dict(player.events), store.stats().hit_tokens
 
     events, hits = played(1)
+    assert len(resumed) == events["preempted"]
     assert played(1) == (events, hits)
     assert played(2) != (events, hits)
     for name in ("aborted", "preempted", "forgotten"):
@@ -142,3 +150,15 @@ def test_pauses_are_counted_while_the_context_is_open() -> None:
     gc.collect()
     assert pauses.count == seen >= 2
     assert pauses.longest_ms > 0
+
+
+def test_a_request_whose_own_cached_prefix_fills_the_cache_still_runs() -> None:
+    store = MeteredCache(3, 2, "lru", Meter())
+    player = Player(store, 2, 0.0, 0)
+    # The first three leave a path of three half-filled blocks.
+    player.play([request(n, list(range(n + 1)), []) for n in range(3)])
+    assert store.stats().cached_tokens == 3
+    assert store.stats().free_blocks == 0
+    player.play([request(3, [0, 1, 2, 3], [4])])
+    assert store.match([0, 1, 2, 3, 4]).cached == 5
+    assert not player.events

@@ -19,7 +19,17 @@ from allocator.errors import (
 )
 from allocator.eviction import EvictionOrder
 from allocator.extents import FreeExtents
-from allocator.policies import FIFO, LFU, LRU, MRU, SLRU, EvictionPolicy, Usage, make_policy
+from allocator.policies import (
+    FIFO,
+    LFU,
+    LRU,
+    MRU,
+    SLRU,
+    EvictionPolicy,
+    Usage,
+    make_policy,
+    policy_names,
+)
 from allocator.pool import BlockPool
 
 if TYPE_CHECKING:
@@ -46,6 +56,7 @@ __all__ = [
     "SlotOutOfRange",
     "Usage",
     "make_policy",
+    "policy_names",
 ]
 
 

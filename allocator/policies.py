@@ -87,6 +87,11 @@ _POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
 }
 
 
+def policy_names() -> tuple[str, ...]:
+    """The names that `make_policy` knows."""
+    return tuple(_POLICIES)
+
+
 def make_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
     """The policy of that name, or `policy` itself when it is one.
 

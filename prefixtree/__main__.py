@@ -21,6 +21,7 @@ class Command(Protocol):
 
 COMMANDS = {
     "demo": "prefixtree.demo.command",
+    "replay": "prefixtree.replay.command",
 }
 
 

@@ -1,0 +1,1 @@
+"""Recorded request traces, played through a real cache: `python -m prefixtree replay TRACE...`."""

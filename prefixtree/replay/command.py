@@ -1,0 +1,143 @@
+"""The options of `python -m prefixtree replay`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = (
+    "play recorded request traces through a cache under every eviction policy and several "
+    "capacities, against what a policy that knows the future could hit"
+)
+EXIT_BROKEN = 1
+EXIT_UNUSABLE = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add(
+        "traces",
+        nargs="+",
+        type=Path,
+        metavar="TRACE",
+        help="Mooncake or Qwen-Bailian JSON Lines, or a coding-agent session; may be .gz",
+    )
+    add(
+        "--capacities",
+        type=_counts,
+        metavar="N,N,...",
+        help="sizes of the cache in tokens (default: 2 to 40%% of what the traces fill)",
+    )
+    add("--block-size", type=_count, default=16, metavar="N", help=f"tokens of a block {default}")
+    add(
+        "--policies",
+        type=_policies,
+        metavar="NAME,NAME,...",
+        help="eviction policies (default: all there are)",
+    )
+    add("--limit", type=_count, metavar="N", help="play the first N requests only")
+    add(
+        "--running",
+        type=_count,
+        default=16,
+        metavar="N",
+        help=f"most requests that run at a time {default}",
+    )
+    add(
+        "--disturb",
+        type=_rate,
+        default=0.0,
+        metavar="RATE",
+        help="abort, preempt and resume, and forget at random, each at this rate a request "
+        f"{default}",
+    )
+    add("--seed", type=_seed, default=0, metavar="N", help=f"of the disturbances {default}")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--plot", type=Path, metavar="FILE.png", help="draw hit rate over capacity there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when the cache came out whole and empty, 1 when not, 2 for input that cannot be used."""
+    from allocator import BrokenInvariant, DoubleFree, ForeignBlock
+    from prefixtree.errors import CacheBroken
+
+    try:
+        from prefixtree.replay.run import UnusableCapacity, replay
+
+        if args.plot:
+            from prefixtree.replay.plot import plot
+    except ModuleNotFoundError as error:
+        return _refuse(f"{error}; a replay needs: pip install 'prefixtree[bench]'")
+    from allocator import policy_names
+    from prefixtree.replay.report import Settings, as_json, as_text
+    from prefixtree.replay.traces import TraceError, load_traces
+
+    try:
+        found = replay(
+            load_traces(args.traces)[: args.limit],
+            traces=args.traces,
+            policies=args.policies or policy_names(),
+            capacities=args.capacities,
+            settings=Settings(args.block_size, args.running, args.disturb, args.seed),
+        )
+    except (TraceError, UnusableCapacity) as error:
+        return _refuse(str(error))
+    except (BrokenInvariant, CacheBroken, DoubleFree, ForeignBlock) as error:
+        print(f"THE CACHE IS BROKEN: {type(error).__name__}: {error}")
+        return EXIT_BROKEN
+    print(as_text(found))
+    try:
+        if args.json:
+            args.json.write_text(as_json(found))
+        if args.plot:
+            plot(found, args.plot)
+    except (OSError, ValueError) as error:
+        return _refuse(f"cannot write: {error}")
+    return 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"python -m prefixtree replay: error: {reason}", file=sys.stderr)
+    return EXIT_UNUSABLE
+
+
+def _count(text: str) -> int:
+    return _whole_number(text, 1, 2**31)
+
+
+def _seed(text: str) -> int:
+    return _whole_number(text, 0, 2**63)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _policies(text: str) -> list[str]:
+    from allocator import policy_names
+
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in policy_names():
+            known = ", ".join(policy_names())
+            raise argparse.ArgumentTypeError(f"expected names out of {known}, not {name!r}")
+    return names
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number 0..1, not {text!r}")
+    return value
+
+
+def _whole_number(text: str, low: int, end: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value < end:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, not {text!r}")
+    return value

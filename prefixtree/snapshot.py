@@ -58,6 +58,7 @@ _KV_NAMES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+_MOST = 2**31 - 1  # blocks, and slots in each
 _NODES_AT_ONCE = 1 << 16
 
 
@@ -130,8 +131,6 @@ def read(path: str | os.PathLike[str], storage: KVStorage | None) -> Snapshot:
     header = tensor_file.read_header(path, KIND)
     num_blocks = _size(header.metadata, "num_blocks")
     block_size = _size(header.metadata, "block_size")
-    expect(num_blocks < 2**31, f"num_blocks is {num_blocks}, expected at most {2**31 - 1}")
-    expect(block_size < 2**31, f"block_size is {block_size}, expected at most {2**31 - 1}")
     align = _size(header.metadata, "align")
     expect(align in (1, block_size), f"align is {align}, expected 1 or {block_size}")
     reserved = header.metadata.get("reserved_blocks")
@@ -155,9 +154,8 @@ def read(path: str | os.PathLike[str], storage: KVStorage | None) -> Snapshot:
         return np.asarray(file.get_tensor(name)).astype(dtype)
 
     namespaces = _namespaces(load("namespaces", np.uint8).tobytes())
-    count = header.tensors.get("parent", {"shape": [0]})["shape"]
-    nodes = int(count[0]) if count else 0
-    fields = {name: load(name, NodeTable.FIELDS[name], nodes) for name in FIELDS}
+    count = len(load("parent", np.int32))
+    fields = {name: load(name, NodeTable.FIELDS[name], count) for name in FIELDS}
     tokens, blocks = load("tokens", np.int32), load("blocks", np.int32)
     check_nodes(fields, USAGE, len(namespaces), tokens, blocks, num_blocks, block_size, align)
     expect(reserved == "0" or bool((blocks > 0).all()), "block 0 is reserved, but on a node")
@@ -207,10 +205,8 @@ def _source(name: str, values: npt.NDArray[Any]) -> TensorSource:
 
 def _size(metadata: dict[str, str], name: str) -> int:
     found = metadata.get(name, "")
-    expect(
-        isinstance(found, str) and found.isdecimal() and len(found) < 20 and int(found) > 0,
-        f"{name} is {found!r:.80}, expected a number of at least 1",
-    )
+    known = found.isdecimal() and len(found) <= 10 and 1 <= int(found) <= _MOST
+    expect(known, f"{name} is {found!r:.80}, expected 1..{_MOST}")
     return int(found)
 
 
@@ -233,14 +229,13 @@ def _require_fitting(storage: KVStorage, pool: BlockPool) -> None:
             f"the storage has {found[0]} blocks of {found[1]} slots, the cache"
             f" {pool.num_blocks} of {pool.block_size}"
         )
-    _kv_name(storage)
+    if _kv_name(storage) not in _KV_NAMES.values():
+        raise KVMismatch(f"dtype is {storage.dtype}, snapshots hold {', '.join(_KV_NAMES)}")
 
 
 def _kv_name(storage: KVStorage) -> str:
-    name = str(storage.dtype).removeprefix("torch.")
-    if name not in _KV_NAMES:
-        raise KVMismatch(f"dtype is {storage.dtype}, snapshots hold {', '.join(_KV_NAMES)}")
-    return _KV_NAMES[name]
+    """safetensors' name of the dtype; of one that snapshots do not hold, torch's."""
+    return _KV_NAMES.get(str(storage.dtype).removeprefix("torch."), str(storage.dtype))
 
 
 def _require_kv(header: tensor_file.Header, storage: KVStorage, used: int) -> None:

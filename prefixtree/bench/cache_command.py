@@ -83,12 +83,12 @@ def run(args: argparse.Namespace) -> int:
     """0 when all is measured, 2 for input that cannot be used."""
     try:
         from prefixtree.bench.cache import Sizes, UnusableInput, measure_sizes, play_trace
-        from prefixtree.bench.report import require_plotting
+
+        if args.plot is not None:
+            import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         return _refuse(f"{error}; the benchmarks need: pip install 'prefixtree[bench]'")
     try:
-        if args.plot is not None:
-            require_plotting()
         if args.trace is not None:
             play_trace(
                 args.trace,

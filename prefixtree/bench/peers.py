@@ -109,7 +109,7 @@ class Ours:
         request[0].close()
 
     def evict(self, num_tokens: int) -> int:
-        return self.cache.evict(-(-num_tokens // self._block_size)) * self._block_size
+        return self.cache.evict(-(-num_tokens // self._block_size)).tokens
 
 
 class _Slots:

@@ -68,11 +68,6 @@ def played(result: Played) -> str:
     )
 
 
-def require_plotting() -> None:
-    """Raises ModuleNotFoundError when matplotlib is not there."""
-    import matplotlib  # noqa: F401
-
-
 def plot_sizes(rows: Sequence[Row], file: Path) -> None:
     """Time against size on two logarithmic axes, a picture for each unit of size."""
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from prefixtree.bench import report
-from prefixtree.bench.measure import Rounds, Row
+from prefixtree.bench.measure import CLOCKS, Rounds, Row
 from prefixtree.bench.operations import (
     NODE_TOKENS,
     by_nodes,
@@ -45,6 +45,7 @@ def measure_sizes(
     block_size: int,
     rounds: int,
     seconds: float,
+    clock: str,
     against: Sequence[str],
     json_file: Path | None,
     plot_file: Path | None,
@@ -55,11 +56,11 @@ def measure_sizes(
     """
     makers = _makers(against)
     _require_writable(json_file, plot_file)
-    print(report.heading(block_size), flush=True)
+    print(report.heading(block_size, clock), flush=True)
     # Kept until the end: the trees below are not built in memory that these have given back.
     filled = [make(TOKENS_WEIGHED + block_size, block_size) for make in makers]
     a_token = {peer.name: bytes_a_token(peer, TOKENS_WEIGHED) for peer in filled}
-    stop = Rounds(rounds, seconds)
+    stop = Rounds(rounds, seconds, CLOCKS[clock])
     rows: list[Row] = []
     memory: list[dict[str, Any]] = []
 
@@ -83,7 +84,7 @@ def measure_sizes(
     if memory:
         print("\n" + report.weights(memory, largest.nodes))
     result = {"rows": [row._asdict() for row in rows], "memory": memory}
-    _write(json_file, {"block_size": block_size, **report.machine(), **result})
+    _write(json_file, {"block_size": block_size, "clock": clock, **report.machine(), **result})
     if plot_file is not None:
         report.plot_sizes(rows, plot_file)
 
@@ -93,6 +94,7 @@ def play_trace(
     *,
     requests: int | None,
     pool_tokens: int,
+    clock: str,
     against: Sequence[str],
     json_file: Path | None,
     plot_file: Path | None,
@@ -122,9 +124,12 @@ def play_trace(
 
     results: list[Played] = []
     for block_size in TRACE_BLOCK_SIZES:
-        results.append(play(prompts(), makers, pool_tokens, block_size))
+        results.append(play(prompts(), makers, pool_tokens, block_size, CLOCKS[clock]))
         print(report.played(results[-1]) + "\n", flush=True)
-    _write(json_file, {**report.machine(), "played": [result._asdict() for result in results]})
+    _write(
+        json_file,
+        {"clock": clock, **report.machine(), "played": [result._asdict() for result in results]},
+    )
     if plot_file is not None:
         report.plot_played(results, plot_file)
 

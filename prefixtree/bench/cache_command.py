@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"no more rounds of one size after this long {default}",
     )
     add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: the time that this process itself used, for machines that do other work as well "
+        f"{default}",
+    )
+    add(
         "--against",
         type=names,
         default=[],
@@ -94,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 args.trace,
                 requests=args.requests,
                 pool_tokens=args.pool_tokens,
+                clock=args.clock,
                 against=args.against,
                 json_file=args.json,
                 plot_file=args.plot,
@@ -104,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
                 block_size=args.block_size,
                 rounds=args.rounds,
                 seconds=args.seconds,
+                clock=args.clock,
                 against=args.against,
                 json_file=args.json,
                 plot_file=args.plot,

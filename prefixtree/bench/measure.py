@@ -6,10 +6,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
-from time import perf_counter, perf_counter_ns
-from typing import Any, NamedTuple, TypeVar
+from time import perf_counter, perf_counter_ns, process_time_ns
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+Clock: TypeAlias = Callable[[], int]
+"""Nanoseconds."""
+
+CLOCKS: dict[str, Clock] = {"wall": perf_counter_ns, "cpu": process_time_ns}
 
 
 class Row(NamedTuple):
@@ -25,10 +30,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Rounds:
-    """When to stop."""
+    """When to stop, and by which clock operations are timed."""
 
     most: int
     seconds: float
+    clock: Clock = perf_counter_ns
 
     def __iter__(self) -> Iterator[int]:
         """0, 1, ... `most` - 1, and at least 0; no further once `seconds` have gone by."""
@@ -42,14 +48,15 @@ class Rounds:
 class Timings:
     """Microseconds of each step of each cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = perf_counter_ns) -> None:
+        self._clock = clock
         self._taken: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
 
     def time(self, step: str, name: str, call: Callable[..., T], *arguments: Any) -> T:
         """Calls, and notes how long it took."""
-        begin = perf_counter_ns()
+        begin = self._clock()
         result = call(*arguments)
-        self.note(step, name, (perf_counter_ns() - begin) / 1000)
+        self.note(step, name, (self._clock() - begin) / 1000)
         return result
 
     def note(self, step: str, name: str, microseconds: float) -> None:

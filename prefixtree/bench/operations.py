@@ -53,7 +53,7 @@ def by_nodes(
                 cache_prompt(peer, leaf_prompt(leaf))
             weight[peer.name] += resident_bytes() - before
         leaves = max(leaves, wanted)
-        timings = Timings()
+        timings = Timings(rounds.clock)
         for number in rounds:
             there = leaves - 1 - number * 7 % max(1, leaves // 2)
             for peer in in_turn(peers, number):
@@ -82,7 +82,7 @@ def by_tokens(
     peers = [make(max(sizes) + 2 * block_size, block_size) for make in makers]
     rng = np.random.default_rng(0)
     for size in sizes:
-        timings = Timings()
+        timings = Timings(rounds.clock)
         for number in rounds:
             whole, chunked = rng.integers(0, 2**17, (2, size), np.int32)
             for peer in in_turn(peers, number):
@@ -119,7 +119,7 @@ def by_sequences(sizes: Sequence[int], block_size: int, rounds: Rounds) -> Itera
             sequences.append(cache.open(prompt))
             sequences[-1].commit(len(prompt))
         batch = cache.batch(sequences)
-        timings = Timings()
+        timings = Timings(rounds.clock)
 
         def step(tokens: Int32s, cache: PrefixCache = cache, batch: Batch = batch) -> None:
             cache.append(batch, tokens)

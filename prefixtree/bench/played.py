@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from time import perf_counter_ns
 from typing import NamedTuple
 
-from prefixtree.bench.measure import Timings, in_turn
+from prefixtree.bench.measure import Clock, Timings, in_turn
 from prefixtree.bench.operations import timed
 from prefixtree.bench.peers import Peer
 from prefixtree.columns import Int32s
@@ -25,14 +26,18 @@ class Played(NamedTuple):
 
 
 def play(
-    prompts: Iterable[Int32s], makers: Sequence[type[Peer]], pool_tokens: int, block_size: int
+    prompts: Iterable[Int32s],
+    makers: Sequence[type[Peer]],
+    pool_tokens: int,
+    block_size: int,
+    clock: Clock = perf_counter_ns,
 ) -> Played:
     """Each prompt through each cache: match, evict what is lacking, open, commit, close.
 
     `peers` says what these comprise. One request runs at a time, and its answer is not cached.
     """
     peers = [make(pool_tokens, block_size) for make in makers]
-    timings = Timings()
+    timings = Timings(clock)
     hits = dict.fromkeys((peer.name for peer in peers), 0)
     requests = tokens = 0
     for prompt in prompts:

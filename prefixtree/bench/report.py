@@ -25,11 +25,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def heading(block_size: int) -> str:
+def heading(block_size: int, clock: str) -> str:
     facts = machine()
     return (
         f"Blocks of {block_size} tokens; Python {facts['python']}, numpy {facts['numpy']}, "
-        f"{facts['machine']}, {facts['cores']} cores. Medians; in brackets our time / theirs."
+        f"{facts['machine']}, {facts['cores']} cores. Medians of {clock} time; in brackets ours / theirs."
     )
 
 

@@ -57,7 +57,7 @@ def test_every_operation_is_measured_at_every_size(
         assert list(row["median_us"]) == ["prefixtree"]
         assert row["median_us"]["prefixtree"] > 0
         assert row["rounds"] == 2
-    assert figures["block_size"] == 4
+    assert (figures["block_size"], figures["clock"]) == (4, "wall")
     assert [weight["cache"] for weight in figures["memory"]] in (["prefixtree"], [])
     printed = capsys.readouterr().out
     assert all(operation in printed for operation, _, _ in measured)
@@ -80,7 +80,7 @@ def test_peers_do_the_same_and_the_ratio_is_printed(
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     file = tmp_path / "figures.png"
-    assert bench(*SMALL, "--plot", str(file)) == 0
+    assert bench(*SMALL, "--plot", str(file), "--clock", "cpu") == 0
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
@@ -255,6 +255,13 @@ def test_a_row_has_the_median_of_each_cache() -> None:
         "median_us": 2.0,
         "total_us": 12.0,
     }
+
+
+def test_times_are_taken_by_the_clock_given() -> None:
+    ticks = iter([1_000, 9_000])
+    timings = Timings(lambda: next(ticks))
+    assert timings.time("match", "a", str, 7) == "7"
+    assert timings.last("match", "a") == 8.0
 
 
 def test_the_table_has_our_time_over_theirs() -> None:

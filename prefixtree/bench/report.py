@@ -14,6 +14,9 @@ from prefixtree.bench.measure import Row
 from prefixtree.bench.peers import Ours
 from prefixtree.bench.played import Played
 
+STYLES = ("-", "--", ":", "-.")
+"""Of our line, and those of at most three peers'."""
+
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
@@ -29,7 +32,8 @@ def heading(block_size: int, clock: str) -> str:
     facts = machine()
     return (
         f"Blocks of {block_size} tokens; Python {facts['python']}, numpy {facts['numpy']}, "
-        f"{facts['machine']}, {facts['cores']} cores. Medians of {clock} time; in brackets ours / theirs."
+        f"{facts['machine']}, {facts['cores']} cores. Medians of {clock} time; in brackets ours / "
+        "theirs."
     )
 
 
@@ -69,24 +73,28 @@ def played(result: Played) -> str:
 
 
 def plot_sizes(rows: Sequence[Row], file: Path) -> None:
-    """Time against size on two logarithmic axes, a picture for each unit of size."""
+    """Time against size on two logarithmic axes, a picture for each unit of size.
+
+    An operation has a colour, a cache a style of line.
+    """
     from matplotlib.figure import Figure
 
     units = list(dict.fromkeys(row.unit for row in rows))
+    names = list(dict.fromkeys(name for row in rows for name in row.median_us))
     figure = Figure(figsize=(6 * len(units), 4.8), layout="constrained")
-    for axes, unit in zip(figure.subplots(1, len(units), squeeze=False)[0], units, strict=True):
+    every_axes = figure.subplots(1, len(units), squeeze=False)[0]
+    for axes, unit in zip(every_axes, units, strict=True):
         mine = [row for row in rows if row.unit == unit]
-        names = list(dict.fromkeys(name for row in mine for name in row.median_us))
         for color, operation in enumerate(dict.fromkeys(row.operation for row in mine)):
-            for name, style in zip(names, ("-", "--", ":", "-."), strict=False):
-                points = [
-                    (row.size, row.median_us[name])
-                    for row in mine
-                    if row.operation == operation and name in row.median_us
-                ]
-                label = operation if len(names) == 1 else f"{operation}, {name}"
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=label)
+            points = [row for row in mine if row.operation == operation]
+            axes.plot([], [], color=f"C{color}", label=operation)
+            for name, style in zip(names, STYLES, strict=False):
+                known = [row for row in points if name in row.median_us]
+                times = [row.median_us[name] for row in known]
+                sizes = [row.size for row in known]
+                axes.plot(sizes, times, style, marker=".", color=f"C{color}")
+        for name, style in zip(names, STYLES, strict=False):
+            axes.plot([], [], style, color="black", label=name)
         axes.set(xscale="log", yscale="log", xlabel=unit, ylabel="microseconds")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
@@ -105,7 +113,8 @@ def plot_played(results: Sequence[Played], file: Path) -> None:
         for place, name in enumerate(names):
             means = [result.steps[step].get(name, {}).get("mean_us", 0.0) for step in steps]
             axes.bar(np.arange(len(steps)) + place * width, means, width, label=name)
-        axes.set_xticks(np.arange(len(steps)) + 0.4 - width / 2, steps)
+        labels = [step.replace(" + ", "\n+ ") for step in steps]
+        axes.set_xticks(np.arange(len(steps)) + 0.4 - width / 2, labels)
         axes.set(ylabel="microseconds, mean", title=f"blocks of {result.block_size}")
         axes.legend()
     figure.savefig(file, dpi=120)

@@ -80,7 +80,8 @@ def plot_sizes(rows: Sequence[Row], file: Path) -> None:
     from matplotlib.figure import Figure
 
     units = list(dict.fromkeys(row.unit for row in rows))
-    names = list(dict.fromkeys(name for row in rows for name in row.median_us))
+    names = dict.fromkeys(name for row in rows for name in row.median_us)
+    styles = dict(zip(names, STYLES, strict=False))
     figure = Figure(figsize=(6 * len(units), 4.8), layout="constrained")
     every_axes = figure.subplots(1, len(units), squeeze=False)[0]
     for axes, unit in zip(every_axes, units, strict=True):
@@ -88,13 +89,13 @@ def plot_sizes(rows: Sequence[Row], file: Path) -> None:
         for color, operation in enumerate(dict.fromkeys(row.operation for row in mine)):
             points = [row for row in mine if row.operation == operation]
             axes.plot([], [], color=f"C{color}", label=operation)
-            for name, style in zip(names, STYLES, strict=False):
+            for name, style in styles.items():
                 known = [row for row in points if name in row.median_us]
                 times = [row.median_us[name] for row in known]
                 sizes = [row.size for row in known]
                 axes.plot(sizes, times, style, marker=".", color=f"C{color}")
-        for name, style in zip(names, STYLES, strict=False):
-            axes.plot([], [], style, color="black", label=name)
+        for name in dict.fromkeys(name for row in mine for name in row.median_us):
+            axes.plot([], [], styles[name], color="black", label=name)
         axes.set(xscale="log", yscale="log", xlabel=unit, ylabel="microseconds")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")

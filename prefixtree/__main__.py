@@ -20,6 +20,7 @@ class Command(Protocol):
 
 
 COMMANDS = {
+    "bench": "prefixtree.bench.command",
     "demo": "prefixtree.demo.command",
     "replay": "prefixtree.replay.command",
 }

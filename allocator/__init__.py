@@ -15,25 +15,45 @@ from allocator.errors import (
     InvalidArgument,
     KVMismatch,
     OutOfBlocks,
+    PolicyFailed,
     SlotOutOfRange,
 )
 from allocator.eviction import EvictionOrder
 from allocator.extents import FreeExtents
-from allocator.policies import FIFO, LFU, LRU, MRU, SLRU, EvictionPolicy, Usage, make_policy
+from allocator.policies import (
+    DEFAULT_PRIORITY,
+    FIFO,
+    LFU,
+    LRU,
+    MAX_PRIORITY,
+    MRU,
+    SLRU,
+    Ageing,
+    Cost,
+    EvictionPolicy,
+    Priority,
+    Usage,
+    make_policy,
+    uses_priority,
+)
 from allocator.pool import BlockPool
 
 if TYPE_CHECKING:
     from allocator.storage import KVStorage
 
 __all__ = [
+    "DEFAULT_PRIORITY",
     "FIFO",
     "LFU",
     "LRU",
+    "MAX_PRIORITY",
     "MRU",
     "SLRU",
+    "Ageing",
     "AllocatorError",
     "BlockPool",
     "BrokenInvariant",
+    "Cost",
     "DoubleFree",
     "EvictionOrder",
     "EvictionPolicy",
@@ -43,9 +63,12 @@ __all__ = [
     "KVMismatch",
     "KVStorage",
     "OutOfBlocks",
+    "PolicyFailed",
+    "Priority",
     "SlotOutOfRange",
     "Usage",
     "make_policy",
+    "uses_priority",
 ]
 
 

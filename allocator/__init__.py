@@ -15,20 +15,27 @@ from allocator.errors import (
     InvalidArgument,
     KVMismatch,
     OutOfBlocks,
+    PolicyFailed,
     SlotOutOfRange,
 )
 from allocator.eviction import EvictionOrder
 from allocator.extents import FreeExtents
 from allocator.policies import (
+    DEFAULT_PRIORITY,
     FIFO,
     LFU,
     LRU,
+    MAX_PRIORITY,
     MRU,
     SLRU,
+    Ageing,
+    Cost,
     EvictionPolicy,
+    Priority,
     Usage,
     make_policy,
     policy_names,
+    uses_priority,
 )
 from allocator.pool import BlockPool
 
@@ -36,14 +43,18 @@ if TYPE_CHECKING:
     from allocator.storage import KVStorage
 
 __all__ = [
+    "DEFAULT_PRIORITY",
     "FIFO",
     "LFU",
     "LRU",
+    "MAX_PRIORITY",
     "MRU",
     "SLRU",
+    "Ageing",
     "AllocatorError",
     "BlockPool",
     "BrokenInvariant",
+    "Cost",
     "DoubleFree",
     "EvictionOrder",
     "EvictionPolicy",
@@ -53,10 +64,13 @@ __all__ = [
     "KVMismatch",
     "KVStorage",
     "OutOfBlocks",
+    "PolicyFailed",
+    "Priority",
     "SlotOutOfRange",
     "Usage",
     "make_policy",
     "policy_names",
+    "uses_priority",
 ]
 
 

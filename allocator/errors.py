@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from operator import index
-from typing import SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 _NAMED = 8  # block ids in a message; the attribute has all of them
 
@@ -18,7 +19,14 @@ class InvalidArgument(AllocatorError, ValueError):
 
 
 class BrokenInvariant(AllocatorError, AssertionError):
-    """The state contradicts itself. Raised by the `check()` methods only."""
+    """The state contradicts itself. Raised by the `check()` methods, and as `PolicyFailed`."""
+
+
+class PolicyFailed(BrokenInvariant):
+    """An eviction policy gave no key that has a place in the order; its own error is the cause.
+
+    What asked for the key was under way already, so the state is not to be trusted any more.
+    """
 
 
 class OutOfBlocks(AllocatorError):
@@ -86,4 +94,17 @@ def at_least(least: int, name: str, value: SupportsIndex) -> int:
     number = as_integer(name, value)
     if number < least:
         raise InvalidArgument(f"{name} is {number}, expected at least {least}")
+    return number
+
+
+def as_real(name: str, value: SupportsFloat) -> float:
+    """`value` as a finite Python float; InvalidArgument for "2", NaN, inf and what is no number."""
+    try:
+        if not isinstance(value, SupportsFloat):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidArgument(f"{name} is {value!r:.60}, expected a finite number") from None
+    if not math.isfinite(number):
+        raise InvalidArgument(f"{name} is {number}, expected a finite number")
     return number

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from sortedcontainers import SortedList
 
-from allocator.errors import InvalidArgument
-from allocator.policies import EvictionPolicy, Key, Usage
+from allocator.errors import PolicyFailed
+from allocator.policies import Ageing, EvictionPolicy, Key, Usage
 
 
 class EvictionOrder:
@@ -20,6 +20,9 @@ class EvictionOrder:
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
+        self._ageing = policy if isinstance(policy, Ageing) else None
+        self.clock = 0.0
+        """What `Usage.clock` is of an item used now; only an ageing policy moves it."""
         self._key: dict[int, Key] = {}
         self._order: SortedList[tuple[Key, int]] = SortedList()
 
@@ -34,11 +37,18 @@ class EvictionOrder:
         return (item for _, item in self._order)
 
     def add(self, item: int, usage: Usage) -> None:
-        """Raises KeyError when `item` is present, InvalidArgument when the policy's key is NaN."""
+        """Raises KeyError when `item` is present.
+
+        Raises `PolicyFailed` when the policy raises or its key is NaN or not comparable; the item
+        is not added then.
+        """
         if item in self._key:
             raise KeyError(f"item {item} is in the eviction order already")
         key = self._key_of(usage)
-        self._order.add((key, item))
+        try:
+            self._order.add((key, item))
+        except Exception as error:  # keys that do not compare
+            raise self._failure(usage, error) from error
         self._key[item] = key
 
     def update(self, items: Iterable[tuple[int, Usage]]) -> None:
@@ -58,15 +68,35 @@ class EvictionOrder:
         self._order.remove((self._key.pop(item), item))
 
     def pop(self) -> int:
-        """Removes and returns the item that goes first. Raises KeyError when there is none."""
+        """Removes and returns the item that goes first.
+
+        Raises KeyError when there is none, `PolicyFailed` when an ageing policy raises.
+        """
         if not self._key:
             raise KeyError("the eviction order is empty")
-        item: int = self._order.pop(0)[1]
+        key, item = self._order.pop(0)
         del self._key[item]
-        return item
+        if self._ageing:
+            try:
+                self.clock = max(self.clock, self._ageing.clock_after(key))
+            except Exception as error:
+                raise self._failure(key, error) from error
+        return int(item)
 
     def _key_of(self, usage: Usage) -> Key:
-        key = self._policy.key(usage)
-        if key != key:
-            raise InvalidArgument(f"policy {self._policy.name!r} gave the key {key} for {usage}")
+        try:
+            key = self._policy.key(usage)
+            if _is_nan(key):
+                raise ValueError(f"the key {key} has no place in an order")
+        except Exception as error:
+            raise self._failure(usage, error) from error
         return key
+
+    def _failure(self, given: Usage | Key, error: Exception) -> PolicyFailed:
+        return PolicyFailed(
+            f"policy {self._policy.name!r} failed for {given}: {type(error).__name__}: {error}"
+        )
+
+
+def _is_nan(key: Key) -> bool:
+    return any(map(_is_nan, key)) if isinstance(key, tuple) else key != key

@@ -7,12 +7,19 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self, SupportsFloat, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from allocator import BlockPool, EvictionPolicy, InvalidArgument, OutOfBlocks, make_policy
+from allocator import (
+    BlockPool,
+    EvictionPolicy,
+    InvalidArgument,
+    OutOfBlocks,
+    make_policy,
+    uses_priority,
+)
 from allocator.errors import as_integer
 from prefixtree.batch import Batch
 from prefixtree.check import check
@@ -24,6 +31,7 @@ from prefixtree.errors import (
     NotCommitted,
     NotPinned,
     NotPreempted,
+    PriorityUnused,
     RollbackPastFork,
     SequenceClosed,
     SlotRange,
@@ -33,6 +41,7 @@ from prefixtree.explain import Explanation, explain
 from prefixtree.forest import Forest, build_forest
 from prefixtree.guard import guarded
 from prefixtree.pins import Pins
+from prefixtree.retention import Retention
 from prefixtree.sequence import Sequence
 from prefixtree.stats import Counters, Stats
 from prefixtree.tails import Tails
@@ -102,7 +111,7 @@ class PrefixCache:
         align: Literal["token", "block"] = "token",
         reserve_block_0: bool = False,
         thread_safe: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], SupportsFloat] = time.monotonic,
     ) -> None:
         """A cache of `num_blocks` blocks of `block_size` token slots each.
 
@@ -110,7 +119,7 @@ class PrefixCache:
         (`Sequence.block_table`): what is shared is then rounded down to whole blocks. With
         `reserve_block_0` block 0 is never handed out: engines write the KV of padding there.
         One thread uses a cache, unless `thread_safe`: then calls wait for each other. `clock` gives
-        the time in seconds.
+        the seconds in which `retain` counts and `evictions` says when.
 
         Raises `InvalidArgument` unless both numbers are >= 1 and `align` is one of the two, for an
         unknown policy, and when no block is left to hand out.
@@ -124,7 +133,9 @@ class PrefixCache:
         self._pool = BlockPool(num_blocks, block_size)
         self._reserved = self._pool.allocate(int(reserve_block_0))
         self._tree = RadixTree(block_size, align=block_size if align == "block" else 1)
-        self._pins = Pins(self._tree, make_policy(eviction), clock)
+        self._policy = make_policy(eviction)
+        self._retention = Retention(clock)
+        self._pins = Pins(self._tree, self._policy, self._retention)
         self._tails = Tails(self._tree, self._pool, self._pins)
         self._counters = Counters()
         self._open: dict[int, int] = {}  # serial number to tail
@@ -192,6 +203,51 @@ class PrefixCache:
         self._pins.pin(node)
         self._kept.append(node)
         return Pin(self, node, place.matched)
+
+    @guarded
+    def retain(
+        self,
+        tokens: TokensLike,
+        *,
+        priority: SupportsIndex,
+        duration: SupportsFloat | None = None,
+        start: SupportsIndex = 0,
+        stop: SupportsIndex | None = None,
+        namespace: Namespace = DEFAULT,
+    ) -> int:
+        """Gives what is cached of `tokens` from position `start` up to `stop` a priority.
+
+        Returns how many tokens that are: what is not committed yet is not among them and gets
+        nothing, so call again after its commit. Everything has priority 35 of 0..100 before. After
+        `duration` seconds it has so again; None is for as long as it is cached. The last call
+        counts, shorter or longer, higher or lower.
+
+        Priorities order the leaves that may be evicted, and nothing else: what lies above others
+        stays as long as they do, pins hold whatever the priority, and the call is no use of the
+        tokens. Nodes are split at the ends of the range, without copies.
+
+        Raises `PriorityUnused` when the eviction policy does not look at priorities,
+        `InvalidTokens`, `InvalidNamespace`, `InvalidLength` unless 0 <= start <= stop <=
+        len(tokens), and `InvalidArgument` for a priority outside 0..100 or a duration that is not
+        finite and > 0. O(len(tokens)) in C, plus O(log nodes) a node.
+        """
+        if not uses_priority(self._policy):
+            raise PriorityUnused(
+                f"eviction policy {self._policy.name!r} does not look at priorities, expected"
+                " 'priority'"
+            )
+        wanted = as_prompt(tokens)
+        first = as_integer("start", start)
+        last = len(wanted) if stop is None else as_integer("stop", stop)
+        if not 0 <= first <= last <= len(wanted):
+            raise InvalidLength(f"range {first}..{last} of a prompt of {len(wanted)} tokens")
+        place = self._find(wanted[:last], namespace)
+        retained = self._retention.from_now(priority, duration)
+        self._pins.end_retention()  # here too, so that much of it cannot gather for one eviction
+        if place.matched <= first:
+            return 0
+        self._tails.retain(place, first, retained)
+        return place.matched - first
 
     @guarded
     def forget(
@@ -391,7 +447,7 @@ class PrefixCache:
         *,
         eviction: str | EvictionPolicy = "lru",
         thread_safe: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], SupportsFloat] = time.monotonic,
     ) -> Self:
         """A cache of the sizes and the alignment of the saved one, which matches what that one did.
 

@@ -146,4 +146,9 @@ def _check_pins(tree: RadixTree, pins: Pins, nodes: list[int], ends: list[int]) 
     )
     leaves = {node for node in evictable if not tree.nodes.children[node]}
     _expect(not any(map(tree.is_root, leaves)), "a namespace without anything in it has a root")
+    for node in pins.check_retention():
+        _expect(
+            node in counts and tree.nodes.linked[node] > 0 and not tree.nodes.writer[node],
+            f"node {node} is retained but not in the tree, or a tail",
+        )
     _expect(pins.check_order() == leaves, "the eviction order is not the unpinned leaves")

@@ -18,6 +18,8 @@ Column: TypeAlias = "memoryview[int]"
 A table that grows replaces its columns: hold on to the table, not to a column.
 """
 
+FloatColumn: TypeAlias = "memoryview[float]"
+
 Int32s: TypeAlias = npt.NDArray[np.int32]
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
@@ -29,7 +31,7 @@ class Columns:
     """
 
     FIELDS: ClassVar[dict[str, str]]
-    """Field name to memoryview format: "b" int8, "i" int32, "q" int64."""
+    """Field name to memoryview format: "b" int8, "i" int32, "q" int64, "d" float64."""
 
     used: Column
 

@@ -23,6 +23,10 @@ class InvalidNamespace(PrefixTreeError, TypeError):
     """A namespace is neither a string nor a tuple of strings, integers and None."""
 
 
+class PriorityUnused(PrefixTreeError, RuntimeError):
+    """The cache's eviction policy does not look at priorities."""
+
+
 class NotPinned(PrefixTreeError, RuntimeError):
     """The pin was taken off before."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from allocator import EvictionOrder, EvictionPolicy, Usage
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.evictions import Eviction, EvictionLog
+from prefixtree.retention import Retained, Retention
 from prefixtree.tree import ROOT, RadixTree
 
 
@@ -19,11 +18,11 @@ class Pins:
     node is unpinned too: evicting leaves until none is left frees exactly the evictable blocks.
     """
 
-    def __init__(self, tree: RadixTree, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
+    def __init__(self, tree: RadixTree, policy: EvictionPolicy, retention: Retention) -> None:
         self._tree = tree
         self._policy = policy
+        self._retention = retention
         self._order = EvictionOrder(policy)
-        self._clock = clock
         self.log = EvictionLog(tree)
         self._tick = 0
         self.evictable_tokens = 0
@@ -64,6 +63,7 @@ class Pins:
             nodes.pins[node] -= 1
             if not nodes.pins[node]:
                 nodes.last_used[node] = self._tick
+                nodes.clock[node] = self._order.clock
                 self._count(node, 1)
                 if not nodes.children[node]:
                     self._end_of_use(node)
@@ -76,9 +76,30 @@ class Pins:
         if waiting:
             self._order.discard(node)
         upper, shared = self._tree.split(node, length)
+        self._retention.put(upper, self._retention.of(node))
         if waiting:
             self._enqueue(node)
         return upper, shared
+
+    def mergeable(self, node: int) -> bool:
+        """As `RadixTree.mergeable`, and retained alike."""
+        retention, parent = self._retention, self._tree.nodes.parent[node]
+        return self._tree.mergeable(node) and retention.of(node) == retention.of(parent)
+
+    def merge(self, node: int) -> int:
+        """`RadixTree.merge` of a node that is `mergeable`."""
+        self._retention.forget(self._tree.nodes.parent[node])
+        return self._tree.merge(node)
+
+    def retain(self, node: int, retained: Retained) -> None:
+        """Gives a node that is no tail a priority. O(log leaves)."""
+        self._retention.put(node, retained)
+        self._enqueue_anew(node)
+
+    def end_retention(self) -> None:
+        """Nodes whose time is over move to their place in the order. O(log leaves) a node."""
+        for node in self._retention.ended():
+            self._enqueue_anew(node)
 
     def evictable_blocks_on_path(self, node: int) -> int:
         """How many of the evictable blocks pinning the path to `node` would keep. O(depth)."""
@@ -96,7 +117,8 @@ class Pins:
         those that removed nodes shared appear more than once. O(log leaves) a node.
         """
         tree, nodes = self._tree, self._tree.nodes
-        now = self._clock()
+        self.end_retention()
+        now = self._retention.now()
         held: list[Int32s] = []
         while self._order and num_blocks > 0:
             leaf = self._order.pop()
@@ -125,7 +147,7 @@ class Pins:
         Returns the blocks to let go of, as `evict`.
         """
         tree, nodes = self._tree, self._tree.nodes
-        now = self._clock()
+        now = self._retention.now()
         held: list[Int32s] = []
         for node in below[np.asarray(nodes.pins)[below] == 0].tolist():
             parent, token = nodes.parent[node], tree.token(node, 0)
@@ -138,6 +160,10 @@ class Pins:
     def check_order(self) -> set[int]:
         """The nodes in the order, for `check`."""
         return set(self._order)
+
+    def check_retention(self) -> set[int]:
+        """The nodes with a priority of their own, for `check`."""
+        return self._retention.check_nodes()
 
     def _trim(self, leaf: int, length: int) -> Int32s:
         """Cuts an unpinned leaf that was taken out of the order down to its first tokens."""
@@ -157,6 +183,7 @@ class Pins:
         self.evicted_tokens += nodes.length[node]
         self.evicted_nodes += 1
         held = self._tree.remove(node)
+        self._retention.forget(node)
         if parent != ROOT and not nodes.pins[parent] and not nodes.children[parent]:
             self._end_of_use(parent)
         return held
@@ -167,6 +194,11 @@ class Pins:
             self._tree.remove(leaf)
         else:
             self._enqueue(leaf)
+
+    def _enqueue_anew(self, node: int) -> None:
+        if node in self._order:
+            self._order.discard(node)
+            self._enqueue(node)
 
     def _enqueue(self, node: int) -> None:
         self._order.add(node, self._usage(node))
@@ -179,6 +211,8 @@ class Pins:
             uses=nodes.uses[node],
             tokens=nodes.length[node],
             start=nodes.start[node],
+            clock=nodes.clock[node],
+            priority=self._retention.of(node).priority,
         )
 
     def _count(self, node: int, sign: int) -> None:

@@ -46,10 +46,11 @@ class RaggedInts:
             if values.base is self._buffer:
                 values = values.copy()  # making room may move the list that `values` looks at
             self._room[row] = self.size[row] = 0
-            self._make_room(size)
+            room = size + size // 8  # a prompt's first tokens of output then need no move
+            self._make_room(room)
             self._start[row] = self._end
-            self._room[row] = size
-            self._end += size
+            self._room[row] = room
+            self._end += room
         start = self._start[row]
         self._buffer[start : start + size] = values
         self.size[row] = size

@@ -13,6 +13,7 @@ from allocator import BlockPool
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.pins import Pins
 from prefixtree.ragged import spans
+from prefixtree.retention import Retained
 from prefixtree.tree import Place, RadixTree
 
 
@@ -198,6 +199,16 @@ class Tails:
             return self.seal(place.node)
         return place.node
 
+    def retain(self, place: Place, start: int, retained: Retained) -> None:
+        """Gives what a walk matched, from position `start` on, a priority."""
+        tree = self._tree
+        node = self.land(place)
+        while tree.end(node) > start:
+            if tree.nodes.start[node] < start:
+                self.split(node, start - tree.nodes.start[node])
+            self._pins.retain(node, retained)
+            node = tree.nodes.parent[node]
+
     def fork(self, tail: int, count: int) -> list[int]:
         """Tails of `count` sequences that share this one, which is committed whole.
 
@@ -245,7 +256,7 @@ class Tails:
         if len(gone):
             self._retired[tail] = gone
         # Sequences that agree token after token would otherwise leave a chain of short nodes.
-        if tree.mergeable(node) and (shared := tree.merge(node)) >= 0:
+        if self._pins.mergeable(node) and (shared := self._pins.merge(node)) >= 0:
             self._release(np.array([shared], np.int32))
         return True
 

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from prefixtree.columns import Column, Columns, Int32s, Int64s
+from prefixtree.columns import Column, Columns, FloatColumn, Int32s, Int64s
 from prefixtree.errors import InvalidNamespace
 from prefixtree.ragged import RaggedInts
 from prefixtree.tokens import common_prefix
@@ -66,6 +66,7 @@ class NodeTable(Columns):
         "writer": "q",
         "pins": "i",
         "last_used": "q",
+        "clock": "d",
         "created": "q",
         "uses": "q",
         "place": "i",
@@ -81,6 +82,7 @@ class NodeTable(Columns):
     writer: Column  # serial number of the sequence whose tail this is, else 0
     pins: Column  # open sequences, and pins for good, whose path passes through
     last_used: Column  # tick at which the last pin went
+    clock: FloatColumn  # the eviction order's clock then
     created: Column  # a number that grows from node to node
     uses: Column  # pins ever
     place: Column  # scratch of `build_forest`, 0 outside of it
@@ -152,6 +154,7 @@ class RadixTree:
             nodes.uses,
         ):
             column[node] = 0
+        nodes.clock[node] = 0.0
         return node
 
     def add_root(self, namespace: Namespace) -> int:
@@ -340,6 +343,7 @@ class RadixTree:
             nodes.uses,
         ):
             column[upper] = column[node]
+        nodes.clock[upper] = nodes.clock[node]
         nodes.length[upper] = length
         nodes.linked[upper] = 1
         self._child[self._key(nodes.parent[node], edge)] = upper

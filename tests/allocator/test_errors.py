@@ -13,6 +13,7 @@ from allocator import (
     InvalidArgument,
     KVMismatch,
     OutOfBlocks,
+    PolicyFailed,
     SlotOutOfRange,
 )
 
@@ -23,6 +24,7 @@ ERRORS = [
     InvalidArgument("count is -1"),
     BrokenInvariant("block 3"),
     KVMismatch("k has"),
+    PolicyFailed("policy 'x' failed"),
     SlotOutOfRange("slot 9"),
 ]
 
@@ -44,6 +46,7 @@ def test_an_error_crosses_processes_unchanged(error: AllocatorError) -> None:
         (KVMismatch, ValueError),
         (SlotOutOfRange, IndexError),
         (BrokenInvariant, AssertionError),
+        (PolicyFailed, BrokenInvariant),
         (OutOfBlocks, Exception),
     ],
 )

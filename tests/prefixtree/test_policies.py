@@ -61,5 +61,5 @@ def test_a_node_split_off_keeps_its_age() -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'lru', 'mru', 'fifo', 'lfu', 'slru'"):
+    with pytest.raises(ValueError, match="'lru', 'mru', 'fifo', 'lfu', 'slru', 'cost', 'priority'"):
         PrefixCache(4, 2, eviction="random")

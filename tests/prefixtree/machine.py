@@ -28,10 +28,10 @@ from hypothesis.stateful import (
 
 import prefixtree as pt
 from allocator import OutOfBlocks
-from prefixtree.errors import NotPinned
+from prefixtree.errors import NotPinned, PriorityUnused
 
 from .model import ModelCache, ModelSequence, Namespace, Path, in_order, prefixes
-from .observe import Journal, Twin, View, look
+from .observe import Clock, Journal, Twin, View, look
 
 # They differ in different bytes, for a cache that compares memory.
 TOKENS = [0, 1 << 24, 1, 2**31 - 1]
@@ -153,6 +153,7 @@ class Machine(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         alphabet=st.integers(2, 4),
         thread_safe=st.booleans(),
+        eviction=st.sampled_from(["lru", "priority"]),
         namespaces=st.lists(st.sampled_from(NAMESPACES), min_size=2, max_size=3, unique=True),
         past=st.lists(st.tuples(spaces, tokens), max_size=6),
         kept=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 14)), max_size=1),
@@ -164,6 +165,7 @@ class Machine(RuleBasedStateMachine):
         block_size: int,
         alphabet: int,
         thread_safe: bool,
+        eviction: str,
         namespaces: list[Namespace],
         past: list[tuple[int, list[int]]],
         kept: list[tuple[int, int]],
@@ -171,10 +173,16 @@ class Machine(RuleBasedStateMachine):
     ) -> Any:
         """A cache that was in use before: hypothesis leaves many rules out of an example, and an
         example without any that opens would see an empty cache only."""
-        self.cache = pt.PrefixCache(num_blocks, block_size, thread_safe=thread_safe)
+        self.clock = Clock()
+        self.cache = pt.PrefixCache(
+            num_blocks, block_size, eviction=eviction, thread_safe=thread_safe, clock=self.clock
+        )
+        self.eviction = eviction
         # In one thread the lock makes no difference: the twin does without, or the other way round.
         self.journal = Journal(
-            lambda: pt.PrefixCache(num_blocks, block_size, thread_safe=not thread_safe)
+            lambda clock: pt.PrefixCache(
+                num_blocks, block_size, eviction=eviction, thread_safe=not thread_safe, clock=clock
+            )
         )
         self.model = ModelCache()
         self.block_size = block_size
@@ -546,6 +554,35 @@ class Machine(RuleBasedStateMachine):
         assert self.cache.stats().free_blocks == free
         with self.refusal(NotPinned):
             pin.real.unpin()
+
+    def retain(
+        self, path: Path, start: int, stop: int, priority: int, duration: float | None
+    ) -> None:
+        free = self.cache.stats().free_blocks
+
+        def call(cache: pt.PrefixCache) -> int:
+            return cache.retain(
+                path.tokens,
+                priority=priority,
+                duration=duration,
+                start=start,
+                stop=stop,
+                namespace=path.namespace,
+            )
+
+        if self.eviction != "priority":
+            with self.refusal(PriorityUnused):
+                call(self.cache)
+            return
+        covered = call(self.cache)
+        self.journal.calls.append(lambda twin: call(twin.cache))
+        assert covered == self.model.retain(path, start, stop, priority, duration)
+        assert self.cache.stats().free_blocks == free
+
+    def wait(self, seconds: float) -> None:
+        self.clock.turn(seconds)
+        self.journal.calls.append(lambda twin: twin.clock.turn(seconds))
+        self.model.now += seconds
 
     # What must hold after every rule, by the numbers of the design's list of invariants
 

@@ -8,9 +8,12 @@ and judged here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+DEFAULT_PRIORITY = 35
 
 Namespace = str | tuple[str | int | None, ...]
 
@@ -104,6 +107,9 @@ class ModelCache:
         self.sequences: list[ModelSequence] = []
         self.pins: list[Path] = []
         self.clock = 0
+        self.retained: dict[Path, tuple[int, float]] = {}
+        """Priority and deadline of the paths that were given one."""
+        self.now = 0.0
 
     @property
     def paths(self) -> Collection[Path]:
@@ -202,6 +208,20 @@ class ModelCache:
         self._use(prefixes(*pin))
         self.pins.remove(pin)
 
+    def retain(
+        self, path: Path, start: int, stop: int, priority: int, duration: float | None
+    ) -> int:
+        """Gives the cached tokens of a range a priority; it is no use of them."""
+        deadline = math.inf if duration is None else self.now + duration
+        namespace, tokens = path
+        covered = prefixes(namespace, tokens[: min(stop, self.cached(namespace, tokens))])[start:]
+        self.retained.update(dict.fromkeys(covered, (priority, deadline)))
+        return len(covered)
+
+    def priority(self, path: Path) -> int:
+        priority, deadline = self.retained.get(path, (DEFAULT_PRIORITY, math.inf))
+        return priority if self.now < deadline else DEFAULT_PRIORITY
+
     def forget(self, top: Path) -> Forgetting:
         """Drops all strictly behind the path `top` that nobody holds.
 
@@ -212,6 +232,7 @@ class ModelCache:
         kept = behind & self.pinned()
         for path in behind - kept:
             del self.uses[path]
+            self.retained.pop(path, None)
         return Forgetting(behind - kept, kept)
 
     def lose(self, remaining: set[Path], keep: Iterable[Path] = ()) -> set[Path]:
@@ -219,7 +240,7 @@ class ModelCache:
 
         Fails when the cache had no right to let one of them go: because an open sequence, a pin or
         the call itself (`keep`) holds it, because a longer path is still there, or because a leaf
-        that was surely used before it, and that nobody held, stayed.
+        that nobody held stayed, of a lower priority or surely used before it at the same one.
         """
         evicted = set(self.uses) - remaining
         pinned = self.pinned().union(keep)
@@ -234,11 +255,15 @@ class ModelCache:
         spared = [leaf for leaf in self.leaves() if leaf in remaining and leaf not in pinned]
         for leaf in spared:
             for path in evicted:
-                assert self.uses[path].surely <= self.uses[leaf].maybe, (
+                mine, its = self.priority(path), self.priority(leaf)
+                assert mine <= its, f"evicted {path} of {mine} before {leaf} of {its}"
+                assert mine < its or self.uses[path].surely <= self.uses[leaf].maybe, (
                     f"evicted {path}, used at {self.uses[path].surely}, before {leaf}, "
                     f"used at {self.uses[leaf].maybe} at the latest"
                 )
         self.uses = {path: use for path, use in self.uses.items() if path in remaining}
+        for path in evicted:
+            self.retained.pop(path, None)
         return evicted
 
     def _use(self, held: Iterable[Path], *, surely_from: int | None = None) -> None:

@@ -3,7 +3,7 @@
 Importing this package does not import torch.
 """
 
-from allocator import BrokenInvariant, OutOfBlocks
+from allocator import BrokenInvariant, OutOfBlocks, PolicyFailed
 from prefixtree.batch import Batch
 from prefixtree.cache import Forgotten, Match, Pin, PrefixCache
 from prefixtree.errors import (
@@ -52,6 +52,7 @@ __all__ = [
     "NotPreempted",
     "OutOfBlocks",
     "Pin",
+    "PolicyFailed",
     "PrefixCache",
     "PrefixTreeError",
     "PriorityUnused",

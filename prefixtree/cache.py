@@ -224,7 +224,8 @@ class PrefixCache:
 
         Priorities order the leaves that may be evicted, and nothing else: what lies above others
         stays as long as they do, pins hold whatever the priority, and the call is no use of the
-        tokens. Nodes are split at the ends of the range, without copies.
+        tokens. Nodes are split at the ends of the range, without copies; under `align="block"` it
+        begins with the block of `start` and ends with the last whole block.
 
         Raises `PriorityUnused` when the eviction policy does not look at priorities,
         `InvalidTokens`, `InvalidNamespace`, `InvalidLength` unless 0 <= start <= stop <=
@@ -242,6 +243,7 @@ class PrefixCache:
         if not 0 <= first <= last <= len(wanted):
             raise InvalidLength(f"range {first}..{last} of a prompt of {len(wanted)} tokens")
         place = self._find(wanted[:last], namespace)
+        first = self._tree.aligned(first)
         retained = self._retention.from_now(priority, duration)
         self._pins.end_retention()  # here too, so that much of it cannot gather for one eviction
         if place.matched <= first:

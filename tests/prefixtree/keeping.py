@@ -125,6 +125,29 @@ class Keeping(Machine):
         with self.refusal(NotPinned):
             pin.real.unpin()
 
+    # Priorities
+
+    @precondition(lambda self: self.knows_paths)
+    @rule(
+        data=st.data(),
+        more=few_tokens,
+        priority=st.sampled_from([0, 35, 60, 100]),
+        duration=st.sampled_from([None, 1, 3]),
+    )
+    def retain_range(
+        self, data: st.DataObject, more: list[int], priority: int, duration: float | None
+    ) -> None:
+        """Of a known path, or beyond its end."""
+        namespace, tokens = self.some_path(data)
+        path = Path(namespace, (*tokens, *self.fit(more)))
+        ends = st.tuples(*[st.integers(0, len(path.tokens))] * 2).map(sorted)
+        start, stop = data.draw(ends, label="range")
+        self.retain(path, start, stop, priority, duration)
+
+    @rule(seconds=st.integers(1, 3))
+    def time_passes(self, seconds: int) -> None:
+        self.wait(seconds)
+
     # Forgetting
 
     def forget(self, top: Path) -> None:

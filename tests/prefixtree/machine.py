@@ -29,10 +29,10 @@ from hypothesis.stateful import (
 
 import prefixtree as pt
 from allocator import OutOfBlocks
-from prefixtree.errors import NotAligned, NotPinned
+from prefixtree.errors import NotAligned, NotPinned, PriorityUnused
 
 from .model import ModelCache, ModelSequence, Namespace, Path, in_order, prefixes
-from .observe import Journal, Twin, View, look
+from .observe import Clock, Journal, Twin, View, look
 
 # They differ in different bytes, for a cache that compares memory.
 TOKENS = [0, 1 << 24, 1, 2**31 - 1]
@@ -165,6 +165,7 @@ class Machine(RuleBasedStateMachine):
         by_block=st.booleans(),
         reserve_block_0=st.booleans(),
         thread_safe=st.booleans(),
+        eviction=st.sampled_from(["lru", "priority"]),
         namespaces=st.lists(st.sampled_from(NAMESPACES), min_size=2, max_size=3, unique=True),
         past=st.lists(st.tuples(spaces, tokens), max_size=6),
         kept=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 14)), max_size=1),
@@ -178,6 +179,7 @@ class Machine(RuleBasedStateMachine):
         by_block: bool,
         reserve_block_0: bool,
         thread_safe: bool,
+        eviction: str,
         namespaces: list[Namespace],
         past: list[tuple[int, list[int]]],
         kept: list[tuple[int, int]],
@@ -185,19 +187,23 @@ class Machine(RuleBasedStateMachine):
     ) -> Any:
         """A cache that was in use before: hypothesis leaves many rules out of an example, and an
         example without any that opens would see an empty cache only."""
+        self.clock = Clock()
+        self.eviction = eviction
 
-        def make(thread_safe: bool) -> pt.PrefixCache:
+        def make(thread_safe: bool, clock: Clock) -> pt.PrefixCache:
             return pt.PrefixCache(
                 num_blocks,
                 block_size,
+                eviction=eviction,
                 align="block" if by_block else "token",
                 reserve_block_0=reserve_block_0,
                 thread_safe=thread_safe,
+                clock=clock,
             )
 
-        self.cache = make(thread_safe)
+        self.cache = make(thread_safe, self.clock)
         # In one thread the lock makes no difference: the twin does without, or the other way round.
-        self.journal = Journal(lambda: make(not thread_safe))
+        self.journal = Journal(lambda clock: make(not thread_safe, clock))
         self.align = block_size if by_block else 1
         self.model = ModelCache(self.align)
         self.num_reserved = int(reserve_block_0)
@@ -618,6 +624,35 @@ class Machine(RuleBasedStateMachine):
         assert self.cache.stats().free_blocks == free
         with self.refusal(NotPinned):
             pin.real.unpin()
+
+    def retain(
+        self, path: Path, start: int, stop: int, priority: int, duration: float | None
+    ) -> None:
+        free = self.cache.stats().free_blocks
+
+        def call(cache: pt.PrefixCache) -> int:
+            return cache.retain(
+                path.tokens,
+                priority=priority,
+                duration=duration,
+                start=start,
+                stop=stop,
+                namespace=path.namespace,
+            )
+
+        if self.eviction != "priority":
+            with self.refusal(PriorityUnused):
+                call(self.cache)
+            return
+        covered = call(self.cache)
+        self.journal.calls.append(lambda twin: call(twin.cache))
+        assert covered == self.model.retain(path, start, stop, priority, duration)
+        assert self.cache.stats().free_blocks == free
+
+    def wait(self, seconds: float) -> None:
+        self.clock.turn(seconds)
+        self.journal.calls.append(lambda twin: twin.clock.turn(seconds))
+        self.model.now += seconds
 
     # What must hold after every rule, by the numbers of the design's list of invariants
 

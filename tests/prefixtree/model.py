@@ -8,9 +8,12 @@ took is learned from the cache afterwards (`lose`) and judged here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+DEFAULT_PRIORITY = 35
 
 Namespace = str | tuple[str | int | None, ...]
 
@@ -112,6 +115,9 @@ class ModelCache:
         self.sequences: list[ModelSequence] = []
         self.pins: list[Path] = []
         self.clock = 0
+        self.retained: dict[Path, tuple[int, float]] = {}
+        """Priority and deadline of the paths that were given one."""
+        self.now = 0.0
 
     @property
     def paths(self) -> Collection[Path]:
@@ -233,6 +239,21 @@ class ModelCache:
         self._use(self.prefixes(*pin))
         self.pins.remove(pin)
 
+    def retain(
+        self, path: Path, start: int, stop: int, priority: int, duration: float | None
+    ) -> int:
+        """Gives the cached tokens of a range a priority; it is no use of them."""
+        deadline = math.inf if duration is None else self.now + duration
+        namespace, tokens = path
+        cached = self.cached(namespace, tokens[:stop])
+        covered = self.prefixes(namespace, tokens[:cached])[start // self.align :]
+        self.retained.update(dict.fromkeys(covered, (priority, deadline)))
+        return self.align * len(covered)
+
+    def priority(self, path: Path) -> int:
+        priority, deadline = self.retained.get(path, (DEFAULT_PRIORITY, math.inf))
+        return priority if self.now < deadline else DEFAULT_PRIORITY
+
     def forget(self, top: Path) -> Forgetting:
         """Drops all strictly behind the path `top` that nobody holds.
 
@@ -245,6 +266,7 @@ class ModelCache:
         kept = behind & self.pinned()
         for path in behind - kept:
             del self.uses[path]
+            self.retained.pop(path, None)
         return Forgetting(behind - kept, kept)
 
     def lose(self, remaining: set[Path], keep: Iterable[Path] = ()) -> set[Path]:
@@ -252,7 +274,7 @@ class ModelCache:
 
         Fails when the cache had no right to let one of them go: because an open sequence, a pin or
         the call itself (`keep`) holds it, because a longer path is still there, or because a leaf
-        that was surely used before it, and that nobody held, stayed.
+        that nobody held stayed, of a lower priority or surely used before it at the same one.
         """
         evicted = set(self.uses) - remaining
         pinned = self.pinned().union(keep)
@@ -268,11 +290,15 @@ class ModelCache:
         spared = [leaf for leaf in self.leaves() if leaf in remaining and leaf not in pinned]
         for leaf in spared:
             for path in evicted:
-                assert self.uses[path].surely <= self.uses[leaf].maybe, (
+                mine, its = self.priority(path), self.priority(leaf)
+                assert mine <= its, f"evicted {path} of {mine} before {leaf} of {its}"
+                assert mine < its or self.uses[path].surely <= self.uses[leaf].maybe, (
                     f"evicted {path}, used at {self.uses[path].surely}, before {leaf}, "
                     f"used at {self.uses[leaf].maybe} at the latest"
                 )
         self.uses = {path: use for path, use in self.uses.items() if path in remaining}
+        for path in evicted:
+            self.retained.pop(path, None)
         return evicted
 
     def _use(self, held: Iterable[Path], *, surely_from: int | None = None) -> None:

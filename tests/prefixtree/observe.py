@@ -106,11 +106,25 @@ class View:
     """Nodes with committed tokens."""
 
 
+class Clock:
+    """A clock that is turned by hand."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+    def turn(self, seconds: float) -> None:
+        self.time += seconds
+
+
 class Twin:
     """A cache made by a journal's calls, and what they made on it, in the order of making."""
 
-    def __init__(self, cache: pt.PrefixCache) -> None:
+    def __init__(self, cache: pt.PrefixCache, clock: Clock) -> None:
         self.cache = cache
+        self.clock = clock
         self.sequences: list[pt.Sequence] = []
         self.pins: list[pt.Pin] = []
 
@@ -128,13 +142,14 @@ class Journal:
     original proves that one of those left a trace.
     """
 
-    def __init__(self, make: Callable[[], pt.PrefixCache]) -> None:
+    def __init__(self, make: Callable[[Clock], pt.PrefixCache]) -> None:
         self.make = make
         self.calls: list[Callable[[Twin], object]] = []
 
     def replay(self) -> Twin:
         """A new cache in the same state."""
-        twin = Twin(self.make())
+        clock = Clock()
+        twin = Twin(self.make(clock), clock)
         for call in self.calls:
             call(twin)
         return twin

@@ -134,7 +134,6 @@ def test_a_result_that_cannot_be_written_is_refused_first(
 def test_a_trace_is_played_at_both_block_sizes(
     slower: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("prefixtree.replay.traces")
     trace, file = tmp_path / "trace.jsonl.gz", tmp_path / "figures.json"
     lines = [
         {"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [7, 8]},
@@ -165,7 +164,6 @@ def test_a_trace_is_played_at_both_block_sizes(
 def test_a_trace_that_cannot_be_read_is_refused(
     content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("prefixtree.replay.traces")
     trace = tmp_path / "trace.jsonl"
     trace.write_text(content)
     assert bench("--trace", str(trace)) == 2
@@ -175,7 +173,6 @@ def test_a_trace_that_cannot_be_read_is_refused(
 def test_a_prompt_larger_than_the_pool_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("prefixtree.replay.traces")
     trace = tmp_path / "trace.jsonl"
     line = {"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [7, 8]}
     trace.write_text(json.dumps(line))

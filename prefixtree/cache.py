@@ -35,7 +35,7 @@ from prefixtree.pins import Pins
 from prefixtree.sequence import Sequence
 from prefixtree.stats import Counters, Stats
 from prefixtree.tails import Tails
-from prefixtree.tokens import TokensLike, as_prompt, as_tokens
+from prefixtree.tokens import TokensLike, agreement, as_prompt, as_tokens
 from prefixtree.tree import DEFAULT, NOWHERE, Namespace, Place, RadixTree, as_namespace
 from prefixtree.view import TreeView
 
@@ -134,6 +134,11 @@ class PrefixCache:
     @property
     def block_size(self) -> int:
         return self._pool.block_size
+
+    @property
+    def align(self) -> int:
+        """Matches are whole multiples of this many tokens: 1, or the block size."""
+        return self._tree.align
 
     @guarded
     def match(self, tokens: TokensLike, *, namespace: Namespace = DEFAULT) -> Match:
@@ -440,7 +445,7 @@ class PrefixCache:
             if nodes.parent[tail] in path:
                 start = nodes.start[tail]
                 prompt = self._tree.tail_tokens.get(tail)[: prompt_len - start]
-                reached = max(reached, start + _agreement(prompt, wanted[start:]))
+                reached = max(reached, start + agreement(prompt, wanted[start:]))
         return self._tree.aligned(reached) - place.matched
 
     def _handle(self, tail: int, namespace: Namespace, cached_len: int, fork_len: int) -> Sequence:
@@ -607,10 +612,3 @@ class PrefixCache:
         self._tails.close(tail)
         self._prefilling.pop(tail, None)
         del self._open[sequence._serial]
-
-
-def _agreement(left: Int32s, right: Int32s) -> int:
-    """In how many first tokens the two agree."""
-    count = min(len(left), len(right))
-    differs = left[:count] != right[:count]
-    return int(differs.argmax()) if differs.any() else count

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from allocator import BlockPool, EvictionPolicy, InvalidArgument, OutOfBlocks, make_policy
-from allocator.errors import as_integer
+from allocator.errors import as_integer, at_least
 from prefixtree.batch import Batch
-from prefixtree.check import check
+from prefixtree.check import State, check, check_sample
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.errors import (
     InvalidBatch,
@@ -366,15 +366,27 @@ class PrefixCache:
         )
 
     @guarded
-    def check(self) -> None:
-        """Recounts everything; raises `BrokenInvariant` that names what is wrong. O(cache)."""
-        aside = np.concatenate([self._reserved, self._tails.retired])
-        check(self._tree, self._pool, self._pins, list(self._open.values()), self._kept, aside)
+    def check(self, sample: int | None = None) -> None:
+        """Raises `BrokenInvariant` that names what is wrong.
+
+        Recounts everything, O(nodes + blocks). With `sample`, about so many random nodes and the
+        paths to them are checked as far as can be seen from there, O(sample * depth) and a scan of
+        the reference counts: for a running engine, again and again. A sample of all nodes recounts
+        everything. Raises `InvalidArgument` unless it is an integer >= 1.
+        """
+        if sample is None:
+            check(self._state())
+        else:
+            check_sample(self._state(), at_least(1, "sample", sample), np.random.default_rng())
 
     @guarded
     def tree(self) -> TreeView:
         """The tree as it is now, to print and to walk. O(nodes)."""
         return TreeView.of(self._tree)
+
+    def _state(self) -> State:
+        aside = np.concatenate([self._reserved, self._tails.retired])
+        return State(self._tree, self._pool, self._pins, self._open, self._kept, aside)
 
     def _find(self, wanted: Int32s, namespace: Namespace) -> Place:
         root = self._tree.root_of(as_namespace(namespace))

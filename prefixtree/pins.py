@@ -124,9 +124,10 @@ class Pins:
             self.log.add(parent, token, gone)
         return np.concatenate(held) if held else np.empty(0, np.int32)
 
-    def check_order(self) -> set[int]:
-        """The nodes in the order, for `check`."""
-        return set(self._order)
+    @property
+    def order(self) -> EvictionOrder:
+        """The unpinned leaves. For looking only."""
+        return self._order
 
     def _trim(self, leaf: int, length: int) -> Int32s:
         """Cuts an unpinned leaf that was taken out of the order down to its first tokens."""

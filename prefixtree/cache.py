@@ -20,9 +20,9 @@ from allocator import (
     make_policy,
     uses_priority,
 )
-from allocator.errors import as_integer
+from allocator.errors import as_integer, at_least
 from prefixtree.batch import Batch
-from prefixtree.check import check
+from prefixtree.check import State, check, check_sample
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.errors import (
     InvalidBatch,
@@ -45,7 +45,7 @@ from prefixtree.retention import Retention
 from prefixtree.sequence import Sequence
 from prefixtree.stats import Counters, Stats
 from prefixtree.tails import Tails
-from prefixtree.tokens import TokensLike, as_prompt, as_tokens
+from prefixtree.tokens import TokensLike, agreement, as_prompt, as_tokens
 from prefixtree.tree import DEFAULT, NOWHERE, Namespace, Place, RadixTree, as_namespace
 from prefixtree.view import TreeView
 
@@ -149,6 +149,11 @@ class PrefixCache:
     @property
     def block_size(self) -> int:
         return self._pool.block_size
+
+    @property
+    def align(self) -> int:
+        """Matches are whole multiples of this many tokens: 1, or the block size."""
+        return self._tree.align
 
     @guarded
     def match(self, tokens: TokensLike, *, namespace: Namespace = DEFAULT) -> Match:
@@ -312,7 +317,7 @@ class PrefixCache:
             raise InvalidLength(f"{len(added)} tokens for counts that sum to {int(lens.sum())}")
         needed = int(self._tails.blocks_needed(batch.tails, lens).sum())
         self._require(needed, coming=self._tails.retired_by(batch.tails))
-        self._tails.settle(batch.tails.tolist())
+        self._tails.settle(batch.tails)
         self._free_up(needed, "append")
         return self._tails.extend(batch.tails, lens, added)
 
@@ -327,8 +332,9 @@ class PrefixCache:
         """
         batch = self._as_batch(batch)
         moved = self._tails.commit_all(batch.tails)
-        for tail in self._prefilling.keys() & batch.tails.tolist():
-            del self._prefilling[tail]
+        if self._prefilling:
+            for tail in self._prefilling.keys() & batch.tails.tolist():
+                del self._prefilling[tail]
         return moved
 
     @guarded
@@ -423,10 +429,18 @@ class PrefixCache:
         )
 
     @guarded
-    def check(self) -> None:
-        """Recounts everything; raises `BrokenInvariant` that names what is wrong. O(cache)."""
-        aside = np.concatenate([self._reserved, self._tails.retired])
-        check(self._tree, self._pool, self._pins, list(self._open.values()), self._kept, aside)
+    def check(self, sample: int | None = None) -> None:
+        """Raises `BrokenInvariant` that names what is wrong.
+
+        Recounts everything, O(nodes + blocks). With `sample`, about so many random nodes and the
+        paths to them are checked as far as can be seen from there, O(sample * depth) and a scan of
+        the reference counts: for a running engine, again and again. A sample of all nodes recounts
+        everything. Raises `InvalidArgument` unless it is an integer >= 1.
+        """
+        if sample is None:
+            check(self._state())
+        else:
+            check_sample(self._state(), at_least(1, "sample", sample), np.random.default_rng())
 
     @guarded
     def save(self, path: str | os.PathLike[str], storage: KVStorage | None = None) -> None:
@@ -482,6 +496,10 @@ class PrefixCache:
     def tree(self) -> TreeView:
         """The tree as it is now, to print and to walk. O(nodes)."""
         return TreeView.of(self._tree)
+
+    def _state(self) -> State:
+        aside = np.concatenate([self._reserved, self._tails.retired])
+        return State(self._tree, self._pool, self._pins, self._open, self._kept, aside)
 
     def _find(self, wanted: Int32s, namespace: Namespace) -> Place:
         root = self._tree.root_of(as_namespace(namespace))
@@ -552,7 +570,7 @@ class PrefixCache:
             if nodes.parent[tail] in path:
                 start = nodes.start[tail]
                 prompt = self._tree.tail_tokens.get(tail)[: prompt_len - start]
-                reached = max(reached, start + _agreement(prompt, wanted[start:]))
+                reached = max(reached, start + agreement(prompt, wanted[start:]))
         return self._tree.aligned(reached) - place.matched
 
     def _handle(self, tail: int, namespace: Namespace, cached_len: int, fork_len: int) -> Sequence:
@@ -674,10 +692,10 @@ class PrefixCache:
             needed = int(self._tree.aligned(target) < target)
             self._require(needed)
             self._free_up(needed, "rollback")
-            self._tails.settle([tail])
+            self._tails.settle_one(tail)
             self._tails.move_up(tail, target)
         else:
-            self._tails.settle([tail])
+            self._tails.settle_one(tail)
             self._tails.truncate(tail, target)
         self._counters.rollbacks += 1
         if tail in self._prefilling:
@@ -721,10 +739,3 @@ class PrefixCache:
         self._tails.close(tail)
         self._prefilling.pop(tail, None)
         del self._open[sequence._serial]
-
-
-def _agreement(left: Int32s, right: Int32s) -> int:
-    """In how many first tokens the two agree."""
-    count = min(len(left), len(right))
-    differs = left[:count] != right[:count]
-    return int(differs.argmax()) if differs.any() else count

@@ -1,154 +1,230 @@
-"""The cache's invariants, recounted."""
+"""The cache's invariants: all of them recounted, or those of a sample of nodes.
+
+What holds for each node by itself is in `node_checks`; here are the counts that involve all nodes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from allocator import BlockPool, BrokenInvariant
-from prefixtree.columns import Int32s
+from prefixtree.columns import Int32s, Int64s
+from prefixtree.node_checks import NodeChecks, num_tokens
 from prefixtree.pins import Pins
+from prefixtree.ragged import spans
 from prefixtree.tree import ROOT, RadixTree
 
 
-def check(
-    tree: RadixTree,
-    pool: BlockPool,
-    pins: Pins,
-    tails: list[int],
-    kept: Iterable[int],
-    aside: Int32s,
-) -> None:
-    """Raises `BrokenInvariant` naming what is wrong.
+class State(NamedTuple):
+    """All that a cache consists of."""
 
-    `tails` are those of the open sequences, `kept` the nodes pinned for good, once for each pin,
-    `aside` the blocks in use that are on no node.
+    tree: RadixTree
+    pool: BlockPool
+    pins: Pins
+    tails: dict[int, int]
+    """Those of the open sequences, by their serial number."""
+    kept: list[int]
+    """Nodes pinned for good, once for each pin."""
+    aside: Int32s
+    """Blocks that something else than a node holds, once for each reference."""
+
+
+def check(state: State) -> None:
+    """Recounts everything; raises `BrokenInvariant` naming what is wrong.
+
+    O(nodes + blocks): vector operations, and a few Python calls a node.
     """
-    pool.check()
-    nodes = [int(node) for node in tree.nodes.rows() if node != ROOT]
-    _check_blocks(tree, pool, nodes, aside)
-    _check_slots(tree, nodes)
-    _check_shape(tree, nodes, set(tails))
-    _check_pins(tree, pins, nodes, [*tails, *kept])
+    state.pool.check()
+    rows = state.tree.nodes.rows()
+    nodes = rows[rows != ROOT]
+    checks = NodeChecks(state.tree, state.pool, state.pins, state.tails)
+    _check_ends(state)
+    checks.links(nodes)
+    checks.sizes(nodes)
+    checks.found(nodes)
+    _check_tree(state.tree, nodes)
+    _check_blocks(state, nodes)
+    _check_pins(state, nodes)
+    _check_retention(state)
 
 
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise BrokenInvariant(message)
+def check_sample(state: State, size: int, random: np.random.Generator) -> None:
+    """Checks about `size` random nodes and the paths to them, as far as can be seen from there.
+
+    Raises `BrokenInvariant` naming what is wrong. A sample of as many nodes as there are is the
+    full check; a smaller one costs O(size * depth) and a scan of the reference counts.
+    """
+    if size >= len(state.tree.nodes) - 1:
+        check(state)
+    else:
+        check_nodes(state, _sample(state.tree, size, random))
 
 
-def _check_blocks(tree: RadixTree, pool: BlockPool, nodes: list[int], aside: Int32s) -> None:
-    """Reference counts are the numbers of nodes, and no other block is in use."""
-    counts = np.bincount(aside, minlength=pool.num_blocks)
-    for node in nodes:
-        held = tree.blocks.get(node)
-        _expect(len(set(held.tolist())) == len(held), f"node {node} holds a block twice")
-        counts[held] += 1
-    wrong = np.flatnonzero(counts != pool.refs)
-    if len(wrong):
-        block = int(wrong[0])
+def check_nodes(state: State, nodes: Int64s) -> None:
+    """What can be seen from these nodes, which are distinct, in use and not the root."""
+    checks = NodeChecks(state.tree, state.pool, state.pins, state.tails)
+    checks.counters()
+    checks.links(nodes)
+    checks.sizes(nodes)
+    checks.found(nodes)
+    checks.paths(nodes)
+    checks.order(nodes)
+
+
+def _sample(tree: RadixTree, size: int, random: np.random.Generator) -> Int64s:
+    """Up to `size` distinct nodes; fewer where most rows of the table are free."""
+    rows = random.integers(tree.nodes.top, size=4 * size)
+    rows = rows[(np.asarray(tree.nodes.used)[rows] != 0) & (rows != ROOT)]
+    return np.unique(rows[:size])
+
+
+def _check_ends(state: State) -> None:
+    """Where paths begin and end: the roots, the tails, the nodes pinned for good."""
+    tree, table = state.tree, state.tree.nodes
+    if table.start[ROOT] or table.length[ROOT] or tree.blocks.size[ROOT]:
+        raise BrokenInvariant("the root is not empty")
+    for namespace, node in tree.roots():
+        if not (table.used[node] and tree.is_root(node)) or table.length[node]:
+            raise BrokenInvariant(f"namespace {namespace!r} has node {node} for its root")
+    for serial, tail in state.tails.items():
+        if not table.used[tail] or table.writer[tail] != serial:
+            raise BrokenInvariant(f"node {tail} is not the tail of open sequence {serial}")
+    for node in state.kept:
+        if not table.used[node]:
+            raise BrokenInvariant(f"node {node} is pinned for good, but free")
+
+
+def _check_tree(tree: RadixTree, nodes: Int64s) -> None:
+    """The counts of nodes, children, edges and tokens."""
+    table = tree.nodes
+    if len(table) != len(nodes) + 1:
+        raise BrokenInvariant(f"{len(table)} nodes counted, {len(nodes) + 1} in use")
+    linked = nodes[np.asarray(table.length)[nodes] > 0]
+    count = np.bincount(np.asarray(table.parent)[linked], minlength=table.top)
+    every = np.append(nodes, ROOT)
+    for node in every[np.asarray(table.children)[every] != count[every]]:
         raise BrokenInvariant(
-            f"block {block} has {pool.refs[block]} references but is on {counts[block]} nodes"
+            f"node {node} has {count[node]} children, not {table.children[node]} as said"
         )
-    in_use = int((counts > 0).sum())
-    _expect(pool.num_free + in_use == pool.num_blocks, "free and referenced blocks are not all")
+    # Each linked node was found by its own first tokens, so no two children begin alike.
+    if tree.num_edges != len(linked):
+        raise BrokenInvariant(f"{tree.num_edges} edges for {len(linked)} linked nodes")
+    cached = int(np.asarray(table.length)[linked].sum())
+    if cached != tree.cached_tokens:
+        raise BrokenInvariant(f"{tree.cached_tokens} cached tokens, recount {cached}")
 
 
-def _check_slots(tree: RadixTree, nodes: list[int]) -> None:
-    """No slot belongs to two nodes, and a block on several is on one path, topmost first."""
-    owner: dict[int, int] = {}
-    holders: dict[int, list[int]] = {}
-    for node in nodes:
-        size = tree.nodes.length[node]
-        if tree.nodes.writer[node]:
-            size = tree.tail_tokens.size[node]
-        needed = tree.blocks_for(node, size)
-        held = tree.blocks.size[node]
-        _expect(held == needed, f"node {node} holds {held} blocks but needs {needed}")
-        for slot in tree.slots(node, 0, size).tolist():
-            _expect(slot not in owner, f"slot {slot} belongs to nodes {owner.get(slot)} and {node}")
-            owner[slot] = node
-        for block in tree.blocks.get(node).tolist():
-            holders.setdefault(block, []).append(node)
-    for block, on in holders.items():
-        on.sort(key=lambda node: (tree.nodes.start[node], tree.nodes.linked[node] == 0))
-        for above, below in pairwise(on):
-            _expect(
-                above in tree.path(tree.nodes.parent[below]),
-                f"block {block} is on nodes {above} and {below}, which are not on one path",
-            )
-        for place, node in enumerate(on):
-            shares = tree.nodes.shares_first[node] and tree.blocks.get(node)[0] == block
-            _expect(bool(shares) == (place > 0), f"node {node} misjudges who holds block {block}")
-
-
-def _check_shape(tree: RadixTree, nodes: list[int], tails: set[int]) -> None:
-    """Links, lengths and tokens fit together; children differ in their first token."""
-    children: dict[int, set[bytes]] = {}
-    cached = 0
-    for node in nodes:
-        table = tree.nodes
-        parent = table.parent[node]
-        _expect(bool(table.used[parent]), f"node {node} hangs below {parent}, which is free")
-        _expect(table.start[node] == tree.end(parent), f"node {node} does not start at its parent")
-        _expect(not table.writer[parent], f"node {node} hangs below the tail {parent}")
-        _expect(bool(table.writer[node]) == (node in tails), f"node {node}: tail or not?")
-        if tree.is_root(node):
-            _expect(not table.length[node], f"node {node} is the root of a namespace but not empty")
-            continue
-        _expect(
-            bool(table.linked[node]) == (table.length[node] > 0), f"node {node} is empty but linked"
+def _check_blocks(state: State, nodes: Int64s) -> None:
+    """Reference counts are numbers of holders; no slot belongs to two nodes."""
+    tree, pool = state.tree, state.pool
+    held = np.asarray(tree.blocks.size)[nodes]
+    blocks = tree.blocks.gather(nodes, held)
+    on_nodes = np.bincount(blocks, minlength=pool.num_blocks)
+    aside = np.bincount(state.aside, minlength=pool.num_blocks)
+    for block in np.flatnonzero(on_nodes + aside != pool.refs):
+        raise BrokenInvariant(
+            f"block {block} has {pool.refs[block]} references but is on {on_nodes[block]} nodes"
+            f" and {aside[block]} times aside"
         )
-        if not table.linked[node]:
-            _expect(node in tails, f"node {node} is neither in the tree nor a tail")
-            continue
-        edge = tree.edge(node)
-        _expect(len(edge) == 4 * table.length[node], f"node {node}: tokens and length differ")
-        first = edge[: 4 * tree.align]
-        _expect(tree.aligned(table.length[node]) == table.length[node], f"node {node}: alignment")
-        siblings = children.setdefault(parent, set())
-        _expect(first not in siblings, f"two children of node {parent} begin with {first!r}")
-        siblings.add(first)
-        _expect(tree.child(parent, first) == node, f"node {node} is not found from its parent")
-        cached += table.length[node]
-    for node in [ROOT, *nodes]:
-        count = len(children.get(node, ()))
-        _expect(
-            tree.nodes.children[node] == count, f"node {node} has {count} children, not as said"
-        )
-    _expect(cached == tree.cached_tokens, f"{tree.cached_tokens} cached tokens, recount {cached}")
+    (several,) = np.nonzero(on_nodes[blocks] > 1)
+    places = spans(np.zeros(len(nodes), np.int64), held)
+    owners = np.repeat(nodes, held)
+    _check_shared(tree, nodes, blocks[several], owners[several], places[several])
 
 
-def _check_pins(tree: RadixTree, pins: Pins, nodes: list[int], ends: list[int]) -> None:
-    """Pins are the paths in use, given by their ends; the evictable are just the rest."""
-    counts = dict.fromkeys(nodes, 0)
-    for end in ends:
-        for node in tree.path(end):
-            counts[node] += 1
-    evictable = []
-    for node, count in counts.items():
-        _expect(
-            tree.nodes.pins[node] == count,
-            f"node {node} has {tree.nodes.pins[node]} pins, {count} paths in use pass through it",
+def _check_shared(
+    tree: RadixTree, nodes: Int64s, blocks: Int32s, owners: Int64s, places: Int64s
+) -> None:
+    """A block on several nodes is on one path, in order; all but the topmost say so.
+
+    The arrays name each holder of such a block: `blocks[i]` is `owners[i]`'s block number
+    `places[i]`.
+    """
+    table, size = tree.nodes, tree.block_size
+    unlinked = np.asarray(table.linked)[owners] == 0
+    down = np.lexsort((unlinked, np.asarray(table.start)[owners], blocks))
+    blocks, owners, places = blocks[down], owners[down], places[down]
+    offsets = np.asarray(table.offset)[owners]
+    begins = np.where(places == 0, offsets, 0)
+    ends = np.minimum(offsets + num_tokens(tree, owners) - places * size, size)
+
+    below = 1 + np.flatnonzero(blocks[1:] == blocks[:-1])
+    for at in below[owners[below] == owners[below - 1]]:
+        raise BrokenInvariant(f"node {owners[at]} holds block {blocks[at]} twice")
+    for at in below[begins[below] < ends[below - 1]]:
+        raise BrokenInvariant(
+            f"slot {int(blocks[at]) * size + begins[at]} belongs to nodes {owners[at - 1]} and"
+            f" {owners[at]}, or comes after one of the second"
         )
-        if not count:
-            evictable.append(node)
-    tokens = sum(tree.nodes.length[node] for node in evictable)
-    _expect(pins.evictable_tokens == tokens, f"{pins.evictable_tokens} evictable, recount {tokens}")
-    kept = {block for node in nodes if counts[node] for block in tree.blocks.get(node).tolist()}
-    held = {block for node in nodes for block in tree.blocks.get(node).tolist()}
-    blocks = len(held - kept)
-    _expect(
-        pins.evictable_blocks == blocks,
-        f"{pins.evictable_blocks} evictable blocks, recount {blocks}",
-    )
-    leaves = {node for node in evictable if not tree.nodes.children[node]}
-    _expect(not any(map(tree.is_root, leaves)), "a namespace without anything in it has a root")
-    for node in pins.check_retention():
-        _expect(
-            node in counts and tree.nodes.linked[node] > 0 and not tree.nodes.writer[node],
-            f"node {node} is retained but not in the tree, or a tail",
+    for at in below[~_is_above(tree, owners[below - 1], owners[below])]:
+        raise BrokenInvariant(
+            f"block {blocks[at]} is on nodes {owners[at - 1]} and {owners[at]}, which are not on"
+            " one path"
         )
-    _expect(pins.check_order() == leaves, "the eviction order is not the unpinned leaves")
+    shares = np.zeros(table.top, np.int8)
+    shares[owners[below]] = 1
+    for node in nodes[shares[nodes] != np.asarray(table.shares_first)[nodes]]:
+        raise BrokenInvariant(f"node {node} misjudges who holds its first block")
+
+
+def _is_above(tree: RadixTree, upper: Int64s, lower: Int64s) -> npt.NDArray[np.bool_]:
+    """Whether each node of `upper` is an ancestor of that of `lower`. Links have been checked."""
+    parent, start = np.asarray(tree.nodes.parent), np.asarray(tree.nodes.start)
+    node = parent[lower].astype(np.int64)
+    (climbing,) = np.nonzero(node != upper)
+    while len(climbing):
+        climbing = climbing[start[node[climbing]] > start[upper[climbing]]]
+        node[climbing] = parent[node[climbing]]
+        climbing = climbing[node[climbing] != upper[climbing]]
+    found: npt.NDArray[np.bool_] = node == upper
+    return found
+
+
+def _check_pins(state: State, nodes: Int64s) -> None:
+    """Pins are the paths in use, and what is evictable is all the rest."""
+    tree, pins = state.tree, state.pins
+    table, num_blocks = tree.nodes, state.pool.num_blocks
+    pinned = np.asarray(table.pins)
+    parents, lengths = np.asarray(table.parent), np.asarray(table.length)
+    ends = np.array([*state.tails.values(), *state.kept], np.int64)
+    passing = np.bincount(parents[nodes], pinned[nodes], table.top).astype(np.int64)
+    count = np.bincount(ends, minlength=table.top) + passing
+    wrong = nodes[pinned[nodes] != count[nodes]]
+    # A wrong count makes the node above look wrong as well: name the lowest.
+    for node in wrong[np.argsort(-np.asarray(table.start)[wrong], kind="stable")]:
+        raise BrokenInvariant(
+            f"node {node} has {pinned[node]} pins, {count[node]} paths in use end there or pass"
+        )
+
+    evictable = nodes[pinned[nodes] == 0]
+    tokens = int(lengths[evictable].sum())
+    if pins.evictable_tokens != tokens:
+        raise BrokenInvariant(f"{pins.evictable_tokens} evictable tokens, recount {tokens}")
+    going = np.zeros(num_blocks, np.bool_)
+    for some, goes in ((evictable, True), (nodes[pinned[nodes] > 0], False)):
+        going[tree.blocks.gather(some, np.asarray(tree.blocks.size)[some])] = goes
+    blocks = int(np.count_nonzero(going))
+    if pins.evictable_blocks != blocks:
+        raise BrokenInvariant(f"{pins.evictable_blocks} evictable blocks, recount {blocks}")
+
+    leaves = evictable[np.asarray(table.children)[evictable] == 0]
+    for node in leaves[lengths[leaves] == 0]:
+        raise BrokenInvariant(f"node {node} is the root of a namespace without anything")
+    ordered = np.sort(np.fromiter(pins.order, np.int64))
+    if len(pins.order) != len(ordered):
+        raise BrokenInvariant(f"{len(pins.order)} leaves in the order, recount {len(ordered)}")
+    for node in np.setdiff1d(leaves, ordered, assume_unique=True):
+        raise BrokenInvariant(f"node {node}, an unpinned leaf, is not in the eviction order")
+    for node in np.setdiff1d(ordered, leaves, assume_unique=True):
+        raise BrokenInvariant(f"node {node}, in the eviction order, is no unpinned leaf")
+
+
+def _check_retention(state: State) -> None:
+    """Only ordinary nodes have a priority of their own."""
+    table = state.tree.nodes
+    for node in state.pins.check_retention():
+        if not table.linked[node] or table.writer[node] or state.tree.is_root(node):
+            raise BrokenInvariant(f"node {node} is retained but not in the tree, or a tail")

@@ -44,6 +44,11 @@ class Columns:
         """Rows in use."""
         return self._top - len(self._free)
 
+    @property
+    def top(self) -> int:
+        """All rows in use are below it."""
+        return self._top
+
     def new(self) -> int:
         """A row, the last one given back first. Amortised O(1)."""
         if self._free:

@@ -157,9 +157,10 @@ class Pins:
             self.log.add(parent, token, gone)
         return np.concatenate(held) if held else np.empty(0, np.int32)
 
-    def check_order(self) -> set[int]:
-        """The nodes in the order, for `check`."""
-        return set(self._order)
+    @property
+    def order(self) -> EvictionOrder:
+        """The unpinned leaves. For looking only."""
+        return self._order
 
     def check_retention(self) -> set[int]:
         """The nodes with a priority of their own, for `check`."""

@@ -84,6 +84,8 @@ class RaggedInts:
     def clear(self, row: int) -> None:
         """Empties the list and gives its room back."""
         if row < len(self.size):
+            if self._start[row] + self._room[row] == self._end:
+                self._end = self._start[row]
             self.size[row] = self._room[row] = 0
 
     def reach(self, row: int) -> None:
@@ -110,7 +112,8 @@ class RaggedInts:
         values = self.gather(rows, sizes)
         starts = np.cumsum(rooms) - rooms
         self._end = int(rooms.sum())
-        size = max(LEAST, 2 * (self._end + count))
+        # Looking through all rows must not be needed more often than as many entries came.
+        size = max(LEAST, len(held), 2 * (self._end + count))
         # Memory in use already is faster than new memory, unless it is far too much.
         if not len(self._buffer) // 8 <= size <= len(self._buffer):
             self._buffer = np.empty(size, np.int32)

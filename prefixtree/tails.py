@@ -46,6 +46,8 @@ class Tails:
 
     def retired_by(self, tails: Int64s) -> int:
         """How many blocks come free when these sequences go on."""
+        if not self._retired:
+            return 0
         held = [self._retired[tail] for tail in self._retired.keys() & tails.tolist()]
         if not held:
             return 0
@@ -84,9 +86,15 @@ class Tails:
         tree = self._tree
         return np.concatenate([tree.blocks.get(node) for node in tree.path(tail)])
 
-    def settle(self, tails: list[int]) -> None:
-        """These sequences go on, or end: nobody reads the blocks that they gave up any more."""
-        for tail in self._retired.keys() & tails:
+    def settle(self, tails: Int64s) -> None:
+        """These sequences go on: nobody reads the blocks that they gave up any more."""
+        if self._retired:
+            for tail in self._retired.keys() & tails.tolist():
+                self.settle_one(tail)
+
+    def settle_one(self, tail: int) -> None:
+        """The sequence goes on, or ends: nobody reads the blocks that it gave up any more."""
+        if tail in self._retired:
             self._release(self._retired.pop(tail))
 
     def blocks_needed(self, tails: Int64s, counts: Int64s) -> Int64s:
@@ -116,7 +124,7 @@ class Tails:
         No Python work for tails linked already.
         """
         tree, nodes = self._tree, self._tree.nodes
-        self.settle(tails.tolist())
+        self.settle(tails)
         sizes = np.asarray(tree.tail_tokens.size)[tails]
         np.asarray(nodes.written)[tails] = sizes
         lengths = np.asarray(nodes.length)
@@ -134,7 +142,7 @@ class Tails:
     def commit(self, tail: int, length: int) -> bool:
         """The KV of the sequence's positions below `length` is written; whether it moved."""
         tree, nodes = self._tree, self._tree.nodes
-        self.settle([tail])
+        self.settle_one(tail)
         nodes.written[tail] = length - nodes.start[tail]
         found = tree.aligned(nodes.written[tail])
         if nodes.linked[tail]:
@@ -222,7 +230,7 @@ class Tails:
     def close(self, tail: int) -> None:
         """Ends the sequence: its committed tokens stay as an ordinary node, unpinned."""
         tree, nodes = self._tree, self._tree.nodes
-        self.settle([tail])
+        self.settle_one(tail)
         self.truncate(tail, tree.end(tail))
         node = tail
         if nodes.linked[tail]:

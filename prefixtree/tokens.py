@@ -67,10 +67,17 @@ def as_prompt(tokens: TokensLike) -> Int32s:
     return values
 
 
+def agreement(left: Int32s, right: Int32s) -> int:
+    """In how many first tokens the two agree. O(the shorter) in C."""
+    count = min(len(left), len(right))
+    differs = left[:count] != right[:count]
+    first = int(differs.argmax()) if count else 0
+    return first if count and differs[first] else count
+
+
 def common_prefix(edge: bytes, data: bytes, at: int) -> int:
-    """How many tokens `edge` and `data` from token `at` on agree in. O(answer) in C."""
+    """How many tokens `edge` and `data` from token `at` on agree in. O(edge) in C."""
     left = np.frombuffer(edge, np.int32)
-    right = np.frombuffer(data, np.int32, min(len(left), len(data) // 4 - at), 4 * at)
-    differs = left[: len(right)] != right
-    first = int(differs.argmax()) if len(right) else 0
-    return first if len(right) and differs[first] else len(right)
+    return agreement(
+        left, np.frombuffer(data, np.int32, min(len(left), len(data) // 4 - at), 4 * at)
+    )

@@ -215,6 +215,11 @@ class RadixTree:
     def num_roots(self) -> int:
         return len(self._root_of)
 
+    @property
+    def num_edges(self) -> int:
+        """How many nodes walks can find."""
+        return len(self._child)
+
     def root_above(self, node: int) -> int:
         """The root of the namespace that the node is in. O(depth)."""
         while node not in self._namespace_of:

@@ -67,6 +67,23 @@ class EvictionOrder:
             raise KeyError(f"item {item} is not in the eviction order")
         self._order.remove((self._key.pop(item), item))
 
+    def first(self) -> int:
+        """The item that goes first; it stays. Raises KeyError when there is none."""
+        if not self._key:
+            raise KeyError("the eviction order is empty")
+        item: int = self._order[0][1]
+        return item
+
+    def renew(self, item: int, usage: Usage) -> None:
+        """Puts an item that is present where its usage now belongs; O(1) if that is the same place.
+
+        Raises KeyError when it is absent, `PolicyFailed` as `add`.
+        """
+        key = self._key_of(usage)
+        if key != self._key[item]:
+            self.discard(item)
+            self.add(item, usage)
+
     def pop(self) -> int:
         """Removes and returns the item that goes first.
 

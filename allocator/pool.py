@@ -161,7 +161,7 @@ def _runs(ids: Int32s) -> list[tuple[int, int]]:
         return [(ids.item(0), ids.size)]
     (breaks,) = np.nonzero(ids[1:] - ids[:-1] != 1)
     bounds = [0, *(breaks + 1).tolist(), ids.size]
-    firsts = ids[bounds[:-1]].tolist()
+    firsts = map(ids.item, bounds[:-1])
     return [
         (first, end - begin)
         for first, begin, end in zip(firsts, bounds[:-1], bounds[1:], strict=True)

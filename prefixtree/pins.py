@@ -121,7 +121,7 @@ class Pins:
         now = self._retention.now()
         held: list[Int32s] = []
         while self._order and num_blocks > 0:
-            leaf = self._order.pop()
+            leaf = self._order.first()
             own, size = tree.own_blocks(leaf), nodes.length[leaf]
             kept = (tree.blocks.size[leaf] - num_blocks) * tree.block_size - nodes.offset[leaf]
             if num_blocks <= own and kept > 0:
@@ -135,6 +135,7 @@ class Pins:
                     nodes.parent[leaf],
                     0,
                 )
+                self._order.pop()
                 held.append(self._remove(leaf))
             num_blocks -= own
             gone = Eviction(start, size - kept, not kept, reason, self._policy.name, now)
@@ -167,13 +168,13 @@ class Pins:
         return self._retention.check_nodes()
 
     def _trim(self, leaf: int, length: int) -> Int32s:
-        """Cuts an unpinned leaf that was taken out of the order down to its first tokens."""
+        """Cuts an unpinned leaf down to its first tokens."""
         self._count(leaf, -1)
         self.evicted_tokens += self._tree.nodes.length[leaf] - length
         self.trimmed_nodes += 1
         held = self._tree.cut_back(leaf, length)
         self._count(leaf, 1)
-        self._enqueue(leaf)
+        self._order.renew(leaf, self._usage(leaf))
         return held
 
     def _remove(self, node: int) -> Int32s:
@@ -198,8 +199,7 @@ class Pins:
 
     def _enqueue_anew(self, node: int) -> None:
         if node in self._order:
-            self._order.discard(node)
-            self._enqueue(node)
+            self._order.renew(node, self._usage(node))
 
     def _enqueue(self, node: int) -> None:
         self._order.add(node, self._usage(node))

@@ -162,7 +162,7 @@ class Pins:
             tokens=nodes.length[node],
             start=nodes.start[node],
             clock=nodes.clock[node],
-            priority=self._retention.of(node).priority,
+            priority=self._retention.priority(node),
         )
         self._order.add(node, usage)
 

@@ -156,15 +156,17 @@ class Priority:
     def __init__(self, among_equals: str | EvictionPolicy = "lru") -> None:
         """Raises `InvalidArgument` for an unknown policy."""
         self._among_equals = make_policy(among_equals)
+        # Checked once: looking for a protocol's members takes longer than an eviction.
+        self._ageing = self._among_equals if isinstance(self._among_equals, Ageing) else None
 
     def key(self, usage: Usage) -> tuple[int, Key]:
         return usage.priority, self._among_equals.key(usage)
 
     def clock_after(self, key: Key) -> float:
-        if not isinstance(self._among_equals, Ageing):
+        if self._ageing is None:
             return 0.0
         assert isinstance(key, tuple)
-        return self._among_equals.clock_after(key[1])
+        return self._ageing.clock_after(key[1])
 
 
 _POLICIES: dict[str, Callable[[], EvictionPolicy]] = {

@@ -213,7 +213,7 @@ class Pins:
             tokens=nodes.length[node],
             start=nodes.start[node],
             clock=nodes.clock[node],
-            priority=self._retention.of(node).priority,
+            priority=self._retention.priority(node),
         )
 
     def _count(self, node: int, sign: int) -> None:

@@ -19,9 +19,6 @@ class Retained(NamedTuple):
     deadline: float  # time of the clock, inf for no end
 
 
-BY_DEFAULT = Retained(DEFAULT_PRIORITY, math.inf)
-
-
 class Retention:
     """The nodes that do not have the default priority.
 
@@ -31,25 +28,31 @@ class Retention:
 
     def __init__(self, clock: Callable[[], SupportsFloat]) -> None:
         self._clock = clock
-        self._of: dict[int, Retained] = {}
+        # Two dictionaries of plain numbers: the garbage collector has no objects in them to visit.
+        self._priority: dict[int, int] = {}
+        self._deadline: dict[int, float] = {}
         self._ends: SortedList[tuple[float, int]] = SortedList()
 
     def of(self, node: int) -> Retained:
-        return self._of.get(node, BY_DEFAULT)
+        return Retained(self.priority(node), self._deadline.get(node, math.inf))
+
+    def priority(self, node: int) -> int:
+        return self._priority.get(node, DEFAULT_PRIORITY)
 
     def put(self, node: int, retained: Retained) -> None:
         self.forget(node)
         if retained.priority == DEFAULT_PRIORITY:
             return  # it would end where it begins
-        self._of[node] = retained
+        self._priority[node] = retained.priority
         if retained.deadline < math.inf:
+            self._deadline[node] = retained.deadline
             self._ends.add((retained.deadline, node))
 
     def forget(self, node: int) -> None:
         """The node is gone, or of the default priority again."""
-        retained = self._of.pop(node, BY_DEFAULT)
-        if retained.deadline < math.inf:
-            self._ends.remove((retained.deadline, node))
+        self._priority.pop(node, None)
+        if (deadline := self._deadline.pop(node, None)) is not None:
+            self._ends.remove((deadline, node))
 
     def ended(self) -> list[int]:
         """Gives the default priority back to the nodes whose time is over; returns them."""
@@ -59,7 +62,7 @@ class Retention:
         nodes = [node for _, node in self._ends[:over]]
         del self._ends[:over]
         for node in nodes:
-            del self._of[node]
+            del self._priority[node], self._deadline[node]
         return nodes
 
     def from_now(self, priority: SupportsIndex, duration: SupportsFloat | None) -> Retained:
@@ -76,10 +79,10 @@ class Retention:
 
     def check_nodes(self) -> set[int]:
         """The nodes that have a priority of their own, for `check`; `BrokenInvariant`."""
-        ends = sorted((end, node) for node, (_, end) in self._of.items() if end < math.inf)
-        if ends != list(self._ends):
+        ends = sorted((end, node) for node, end in self._deadline.items())
+        if ends != list(self._ends) or not self._deadline.keys() <= self._priority.keys():
             raise BrokenInvariant("the order of the deadlines is not that of the retained nodes")
-        return set(self._of)
+        return set(self._priority)
 
     def now(self) -> float:
         """The time, in seconds.

@@ -167,6 +167,17 @@ def test_halves_of_a_split_are_retained_alike_and_end_together() -> None:
     assert lengths(cache, [1, 2], [9]) == [0, 1]
 
 
+def test_the_upper_half_of_a_split_outlives_the_lower_by_its_own_priority() -> None:
+    cache, _ = make()
+    use(cache, [1, 2, 3, 4], [9])
+    cache.retain([1, 2, 3, 4], priority=80)
+    cache.open([1, 2]).close()
+    cache.forget([1, 2])
+    use(cache, [9])
+    cache.evict(1)
+    assert lengths(cache, [1, 2], [9]) == [2, 0]
+
+
 def test_what_is_evicted_and_computed_again_starts_anew() -> None:
     cache, _ = make()
     use(cache, [1])
@@ -315,7 +326,7 @@ def test_a_clock_that_fails_breaks_the_cache_by_name(time: Any) -> None:
 
 # Against a naive model: a dictionary of prefixes, each with its priority, deadline and last use.
 
-prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=5)
 calls = st.one_of(
     st.tuples(st.just("use"), prompts),
     st.tuples(
@@ -361,8 +372,8 @@ class Naive:
         return [path for path in self.of if path not in inner]
 
 
-@settings(max_examples=150)
-@given(st.lists(calls, max_size=30), st.integers(1, 3))
+@settings(max_examples=200)
+@given(st.lists(calls, min_size=6, max_size=30), st.integers(1, 3))
 def test_as_a_naive_model(history: list[tuple[Any, ...]], block_size: int) -> None:
     cache, clock = make(256, block_size)
     naive = Naive()

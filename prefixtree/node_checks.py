@@ -186,16 +186,17 @@ class NodeChecks:
 
     def order(self, nodes: Int64s) -> None:
         """The unpinned leaves are in the eviction order, and no other node."""
-        table = self._tree.nodes
-        pins, children = self._of(nodes, table.pins, table.children)
-        for at, node in enumerate(nodes.tolist()):
-            if self._tree.is_root(node) and not pins[at] and not children[at]:
-                raise BrokenInvariant(f"node {node} is the root of a namespace without anything")
-            if (node in self._pins.order) != (not pins[at] and not children[at]):
-                raise BrokenInvariant(
-                    f"node {node} with {pins[at]} pins and {children[at]} children is"
-                    f" {'' if node in self._pins.order else 'not '}in the eviction order"
-                )
+        table, order = self._tree.nodes, self._pins.order
+        pins, children, length = self._of(nodes, table.pins, table.children, table.length)
+        leaf = (pins == 0) & (children == 0)
+        for node in nodes[leaf & (length == 0)]:
+            raise BrokenInvariant(f"node {node} is the root of a namespace without anything")
+        ordered = np.fromiter(map(order.__contains__, nodes.tolist()), np.bool_, len(nodes))
+        for at in np.flatnonzero(ordered != leaf):
+            raise BrokenInvariant(
+                f"node {nodes[at]} with {pins[at]} pins and {children[at]} children is"
+                f" {'' if ordered[at] else 'not '}in the eviction order"
+            )
 
     def _of(self, nodes: Int64s, *columns: Column) -> list[npt.NDArray[Any]]:
         return [np.asarray(column)[nodes] for column in columns]

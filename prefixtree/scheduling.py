@@ -64,7 +64,7 @@ def heaviest_subtree_first(cache: PrefixCache, waiting: Iterable[Waiting]) -> li
     O(n log n) comparisons in C of n prompts, plus O(n * depth).
     """
     looked = _look_up(cache, waiting)
-    matches = [one.prefix(one.cached) if one.cached else b"" for one in looked]
+    matches = [one.prefix(one.cached) for one in looked]
     # In the order of their bytes, prompts below one node are neighbours, and a node branches where
     # neighbours part: a walk along them meets the whole tree with only one path open at a time.
     path = [_Subtree(0)]

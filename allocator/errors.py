@@ -100,7 +100,7 @@ def at_least(least: int, name: str, value: SupportsIndex) -> int:
 def as_real(name: str, value: SupportsFloat) -> float:
     """`value` as a finite Python float; InvalidArgument for "2", NaN, inf and what is no number."""
     try:
-        if not isinstance(value, SupportsFloat):
+        if isinstance(value, (str, bytes, bytearray)):  # float() would read them
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -91,9 +91,6 @@ class Retention:
         when it is too late to refuse that.
         """
         try:
-            time = float(self._clock())
-            if not math.isfinite(time):
-                raise ValueError(f"the time is {time}, expected a finite number")
-            return time
+            return as_real("time", self._clock())
         except Exception as error:
             raise BrokenInvariant(f"the clock failed: {type(error).__name__}: {error}") from error

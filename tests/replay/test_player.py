@@ -167,5 +167,5 @@ def test_a_request_whose_own_cached_prefix_fills_the_cache_still_runs() -> None:
 def test_wrong_counts_of_an_empty_cache_are_found_at_the_end() -> None:
     store = MeteredCache(4, 2, "lru", Meter())
     store._pins.evictable_tokens += 1
-    with pytest.raises(BrokenInvariant, match="1 evictable, recount 0"):
+    with pytest.raises(BrokenInvariant, match="1 evictable tokens, recount 0"):
         Player(store, 2, 0.0, 0).end()

@@ -419,6 +419,7 @@ def test_what_calls_do_is_never_called_damage(seed: int, align: Literal["token",
     draw = random.Random(seed)
     cache = pt.PrefixCache(60, 3, align=align, reserve_block_0=bool(seed % 2))
     held: list[pt.Sequence] = []
+    parked: list[pt.Sequence] = []
     pins: list[pt.Pin] = []
 
     def prompt() -> list[int]:
@@ -444,6 +445,19 @@ def test_what_calls_do_is_never_called_damage(seed: int, align: Literal["token",
         sequence = one()
         sequence.commit(draw.randint(sequence.committed, len(sequence)))
 
+    def preempt() -> None:
+        parked.append(held.pop(draw.randrange(len(held))))
+        parked[-1].preempt()
+
+    def resume() -> None:
+        if parked:
+            sequence = parked.pop()
+            try:
+                sequence.resume()
+                held.append(sequence)
+            except OutOfBlocks:
+                sequence.close()
+
     def namespace() -> str:
         return draw.choice(["", "a"])
 
@@ -453,9 +467,10 @@ def test_what_calls_do_is_never_called_damage(seed: int, align: Literal["token",
         lambda: pins.pop().unpin() if pins else None,
         lambda: cache.evict(draw.randint(0, 6)),
         lambda: cache.forget(prompt()),
+        resume,
     ]
     busy: list[Callable[[], object]] = [
-        *[commit, commit, roll_back, fork, drop],
+        *[commit, commit, roll_back, fork, drop, preempt],
         lambda: cache.append([one()], [draw.randrange(2)]),
         lambda: cache.commit(draw.sample(held, draw.randint(1, len(held)))),
     ]

@@ -467,8 +467,9 @@ class PrefixCache:
     ) -> Self:
         """A cache of the sizes and the alignment of the saved one, which matches what that one did.
 
-        Everything is in the slots where it was and in the same order of eviction. All of it may be
-        evicted: sequences and pins are not restored. Statistics begin anew. With `storage`, the
+        Everything is in the slots where it was, as often and as lately used. All of it may be
+        evicted: sequences and pins are not restored, nor are priorities given by `retain` and the
+        ageing of "cost". Statistics begin anew. With `storage`, the
         saved K and V are written to it; without, they must come to their slots by other means.
 
         Raises OSError when the file cannot be read; `InvalidSnapshot` when it is no snapshot, is

@@ -118,14 +118,13 @@ class Cost:
 
     name = "cost"
 
-    def __init__(
-        self, flops_per_token: float = 16e9, attention_flops_per_pair: float = 524288.0
-    ) -> None:
+    def __init__(self, flops_per_token: float = 1.0, attention_flops_per_pair: float = 0.0) -> None:
         """The FLOPs to compute one token: `flops_per_token`, whatever its position (about twice
         the parameters of the model), and `attention_flops_per_pair` for each token before it (4
         * layers * query heads * head dim).
 
-        Only their ratio matters. The defaults are of a model of 8 billion parameters. Raises
+        Only their ratio matters. By default every token costs the same, which hits most tokens; a
+        model's own figures trade some of these hits for deeper ones, which save more FLOPs. Raises
         `InvalidArgument` unless both are finite, the first > 0 and the second >= 0.
         """
         flops = as_real("flops_per_token", flops_per_token)

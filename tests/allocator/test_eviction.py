@@ -305,11 +305,11 @@ def test_priority_ages_as_the_policy_among_equals_does() -> None:
 
 def test_cost_lets_what_is_unused_age_and_weighs_uses_and_depth() -> None:
     base = Usage(last_used=1, created=0, uses=0, tokens=8, start=0, clock=10.0)
-    key = Cost().key
+    key = Cost(16e9, 524288).key
     assert key(base) < key(base._replace(uses=1)) < key(base._replace(uses=1, clock=10.5))
     assert key(base) < key(base._replace(start=4096))
     assert key(base) < key(base._replace(last_used=2)), "the last word is recency's"
-    assert Cost(1.0, 0.0).key(base) == Cost(1.0, 0.0).key(base._replace(start=4096))
+    assert Cost().key(base) == Cost().key(base._replace(start=4096)), "alike by default"
 
 
 @pytest.mark.parametrize(

@@ -310,16 +310,18 @@ class PrefixCache:
         batch = self._as_batch(batch)
         added = as_tokens(tokens)
         lens = batch.per_sequence(counts, 1, "counts")
-        if (lens < 0).any() or (lens > len(added)).any():
-            wrong = int(lens[(lens < 0) | (lens > len(added))][0])
+        outside = counts is not None and (lens < 0) | (lens > len(added))
+        if np.any(outside):
+            wrong = int(lens[outside][0])
             raise InvalidLength(f"counts must be 0..{len(added)}, the tokens given, got {wrong}")
         if lens.sum() != len(added):
             raise InvalidLength(f"{len(added)} tokens for counts that sum to {int(lens.sum())}")
-        needed = int(self._tails.blocks_needed(batch.tails, lens).sum())
+        lacking = self._tails.blocks_needed(batch.tails, lens)
+        needed = int(lacking.sum())
         self._require(needed, coming=self._tails.retired_by(batch.tails))
         self._tails.settle(batch.tails)
         self._free_up(needed, "append")
-        return self._tails.extend(batch.tails, lens, added)
+        return self._tails.extend(batch.tails, lens, lacking, added)
 
     @guarded
     def commit(self, batch: Batch | Iterable[Sequence]) -> Int64s:

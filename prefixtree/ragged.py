@@ -9,8 +9,10 @@ from prefixtree.columns import Column, Int32s, Int64s
 
 def spans(starts: Int64s, counts: Int64s) -> Int64s:
     """`counts[i]` consecutive indices from `starts[i]` on, for every i, in one array."""
-    ends = np.cumsum(counts)
+    ends: Int64s = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
+    if total == len(starts) == np.count_nonzero(counts):
+        return starts  # one each, as in a decode step
     return np.arange(total) + np.repeat(starts - ends + counts, counts)
 
 

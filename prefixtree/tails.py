@@ -103,10 +103,12 @@ class Tails:
         held: Int64s = np.asarray(self._tree.blocks.size)[tails]
         return -(-(self._filled(tails) + counts) // block_size) - held
 
-    def extend(self, tails: Int64s, counts: Int64s, tokens: Int32s) -> Int64s:
-        """Appends `counts[i]` of the packed `tokens` to tail i; returns their slots."""
+    def extend(self, tails: Int64s, counts: Int64s, needed: Int64s, tokens: Int32s) -> Int64s:
+        """Appends `counts[i]` of the packed `tokens` to tail i; returns their slots.
+
+        `needed` are the `blocks_needed` for that.
+        """
         tree = self._tree
-        needed = self.blocks_needed(tails, counts)
         total = int(needed.sum())
         if total:
             growing = np.flatnonzero(needed)
@@ -115,8 +117,9 @@ class Tails:
             tree.blocks.extend(tails[growing], needed[growing], fresh)
         places = spans(self._filled(tails), counts)
         tree.tail_tokens.extend(tails, counts, tokens)
-        blocks = tree.blocks.at(np.repeat(tails, counts), places // tree.block_size)
-        return blocks.astype(np.int64) * tree.block_size + places % tree.block_size
+        owners = np.repeat(tails, counts)
+        index, within = np.divmod(places, tree.block_size)
+        return tree.blocks.at(owners, index).astype(np.int64) * tree.block_size + within
 
     def commit_all(self, tails: Int64s) -> Int64s:
         """All tokens of these sequences are written; returns which of them moved.

@@ -91,7 +91,7 @@ def first_shared(fields: Fields, blocks: Int32s, block_size: int) -> npt.NDArray
     same = blocks[upper] == blocks[lower]
     upper, lower = upper[same], lower[same]
     above, below = node[upper], node[lower]
-    wrong = (place[lower] != 0) | (high[upper] > low[lower])
+    wrong = high[upper] > low[lower]  # always so when it is not the lower one's first block
     far = np.flatnonzero(parent[below] != above)
     if len(far):
         enter, leave = _intervals(parent, start)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from prefixtree.bench.options import count, names, seconds
+from prefixtree.options import count, names, non_negative
 
 HELP = "the cache's bookkeeping: match, insert, evict, decode steps, memory"
 DESCRIPTION = (
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--seconds",
-        type=seconds,
+        type=non_negative,
         default=20.0,
         metavar="S",
         help=f"no more rounds of one size after this long {default}",

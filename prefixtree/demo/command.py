@@ -1,10 +1,11 @@
 """The options of `python -m prefixtree demo`."""
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
+
+from prefixtree.options import count, non_negative, seed
 
 HELP = (
     "sample solutions of programming problems behind a shared few-shot header, with transformers' "
@@ -16,32 +17,32 @@ EXIT_UNUSABLE = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("--problems", type=_count, default=6, metavar="N", help=f"how many problems {default}")
-    add("--samples", type=_count, default=8, metavar="N", help=f"samples of each {default}")
+    add("--problems", type=count, default=6, metavar="N", help=f"how many problems {default}")
+    add("--samples", type=count, default=8, metavar="N", help=f"samples of each {default}")
     add(
         "--max-new-tokens",
-        type=_count,
+        type=count,
         default=48,
         metavar="N",
         help=f"most tokens of a sample {default}",
     )
     add(
         "--temperature",
-        type=_temperature,
+        type=non_negative,
         default=0.8,
         metavar="T",
         help=f"of the sampled run, which follows a greedy one; 0 leaves it out {default}",
     )
     add(
         "--seed",
-        type=_seed,
+        type=seed,
         default=0,
         metavar="N",
         help=f"of the sampling and of the random weights {default}",
     )
     add(
         "--block-size",
-        type=_count,
+        type=count,
         default=16,
         metavar="N",
         help=f"tokens of a block of KV {default}",
@@ -88,31 +89,3 @@ def run(args: argparse.Namespace) -> int:
 def _refuse(reason: str) -> int:
     print(f"python -m prefixtree demo: error: {reason}", file=sys.stderr)
     return EXIT_UNUSABLE
-
-
-def _count(text: str) -> int:
-    return _whole_number(text, 1, 2**31)
-
-
-def _seed(text: str) -> int:
-    return _whole_number(text, 0, 2**63)
-
-
-def _whole_number(text: str, low: int, end: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value < end:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, not {text!r}")
-    return value
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, not {text!r}")
-    return value

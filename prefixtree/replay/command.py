@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from prefixtree.options import count, counts, rate, seed
+
 HELP = (
     "play recorded request traces through a cache under every eviction policy and several "
     "capacities, against what a policy that knows the future could hit"
@@ -23,34 +25,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--capacities",
-        type=_counts,
+        type=counts,
         metavar="N,N,...",
         help="sizes of the cache in tokens (default: 2 to 40%% of what the traces fill)",
     )
-    add("--block-size", type=_count, default=16, metavar="N", help=f"tokens of a block {default}")
+    add("--block-size", type=count, default=16, metavar="N", help=f"tokens of a block {default}")
     add(
         "--policies",
         type=_policies,
         metavar="NAME,NAME,...",
         help="eviction policies (default: all there are)",
     )
-    add("--limit", type=_count, metavar="N", help="play the first N requests only")
+    add("--limit", type=count, metavar="N", help="play the first N requests only")
     add(
         "--running",
-        type=_count,
+        type=count,
         default=16,
         metavar="N",
         help=f"most requests that run at a time {default}",
     )
     add(
         "--disturb",
-        type=_rate,
+        type=rate,
         default=0.0,
         metavar="RATE",
         help="abort, preempt and resume, and forget at random, each at this rate a request "
         f"{default}",
     )
-    add("--seed", type=_seed, default=0, metavar="N", help=f"of the disturbances {default}")
+    add("--seed", type=seed, default=0, metavar="N", help=f"of the disturbances {default}")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add("--plot", type=Path, metavar="FILE.png", help="draw hit rate over capacity there")
 
@@ -100,18 +102,6 @@ def _refuse(reason: str) -> int:
     return EXIT_UNUSABLE
 
 
-def _count(text: str) -> int:
-    return _whole_number(text, 1, 2**31)
-
-
-def _seed(text: str) -> int:
-    return _whole_number(text, 0, 2**63)
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
-
-
 def _policies(text: str) -> list[str]:
     from allocator import policy_names
 
@@ -121,23 +111,3 @@ def _policies(text: str) -> list[str]:
             known = ", ".join(policy_names())
             raise argparse.ArgumentTypeError(f"expected names out of {known}, not {name!r}")
     return names
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number 0..1, not {text!r}")
-    return value
-
-
-def _whole_number(text: str, low: int, end: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value < end:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, not {text!r}")
-    return value

@@ -631,6 +631,7 @@ TAMPERED = {
         replace("blocks", lambda blocks: np.full_like(blocks, blocks[0])),
         "cannot be on both nodes",
     ),
+    "one slot of a parent": (put("offset", 1, 0), "cannot be on both nodes 4 and 1"),
     "siblings alike": (twin_roots, "two children of node -1 begin with"),
     "no path": (share_between_namespaces, "cannot be on both nodes"),
     "tokens missing": (replace("tokens", lambda t: t[:-1]), r"tokens, expected \d+"),
@@ -676,20 +677,31 @@ def test_the_rewriting_of_these_tests_is_not_what_is_refused() -> None:
         assert paths(pt.PrefixCache.restore(path)) == paths(cache)
 
 
-def test_a_block_shared_with_a_cousin_far_away_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("prompts", "above", "below"),
+    [
+        ([[1, 1], [2, 2, 2, 2], [2, 2, 2, 2, 3]], 0, 2),
+        ([[2, 2, 2, 2], [2, 2, 2, 2, 3], [1, 1]], 2, 1),
+    ],
+)
+def test_a_block_shared_with_a_cousin_far_away_is_refused(
+    prompts: list[list[int]], above: int, below: int
+) -> None:
     """Neither the parent nor any other ancestor holds the block, and the slots are disjoint."""
     cache = pt.PrefixCache(8, 4)
-    for prompt in ([1, 1], [2, 2, 2, 2], [2, 2, 2, 2, 3]):
+    for prompt in prompts:
         with cache.open(prompt) as sequence:
             sequence.commit(len(prompt))
     with saved(cache) as path:
 
         def change(arrays: Arrays, metadata: dict[str, str]) -> None:
-            arrays["blocks"][2] = arrays["blocks"][0]
-            arrays["offset"][2] = 3
+            arrays["blocks"][below] = arrays["blocks"][above]
+            arrays["offset"][below] = 3
 
         rewritten(path, change)
-        with pytest.raises(pt.InvalidSnapshot, match="cannot be on both nodes 0 and 2"):
+        with pytest.raises(
+            pt.InvalidSnapshot, match=f"cannot be on both nodes {above} and {below}"
+        ):
             pt.PrefixCache.restore(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prefixtree.tree import RadixTree
 
@@ -52,23 +52,26 @@ class EvictionLog:
 
     def __init__(self, tree: RadixTree) -> None:
         self._tree = tree
-        self._at: OrderedDict[tuple[int, int, int, int], Eviction] = OrderedDict()
+        # Plain tuples: the garbage collector lets go of those, not of named ones, and would have
+        # to walk through all of them again and again.
+        self._at: OrderedDict[tuple[int, int, int, int], tuple[Any, ...]] = OrderedDict()
 
     def add(self, node: int, token: int, eviction: Eviction) -> None:
         """`node` is the one that stays, `token` the first one missing behind it. O(1)."""
         if len(self._at) == REMEMBERED:
             self._at.popitem(last=False)
         key = self._key(node, eviction.start, token)
-        self._at[key] = eviction
+        self._at[key] = tuple(eviction)
         self._at.move_to_end(key)
 
     def find(self, node: int, position: int, token: int) -> Eviction | None:
         """What was evicted behind `node`, where it went on with `token`. O(1)."""
-        return self._at.get(self._key(node, position, token))
+        found = self._at.get(self._key(node, position, token))
+        return None if found is None else Eviction._make(found)
 
     def __iter__(self) -> Iterator[Eviction]:
         """The latest first."""
-        return iter(reversed(self._at.values()))
+        return map(Eviction._make, reversed(self._at.values()))
 
     def _key(self, node: int, position: int, token: int) -> tuple[int, int, int, int]:
         # A number may since have gone to another node, but not with the same birth and end.

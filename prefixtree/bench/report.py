@@ -6,13 +6,16 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prefixtree.bench.measure import Row
 from prefixtree.bench.peers import Ours
 from prefixtree.bench.played import Played
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 STYLES = ("-", "--", ":", "-.")
 """Of our line, and those of at most three peers'."""
@@ -82,7 +85,7 @@ def plot_sizes(rows: Sequence[Row], file: Path) -> None:
     units = list(dict.fromkeys(row.unit for row in rows))
     names = dict.fromkeys(name for row in rows for name in row.median_us)
     styles = dict(zip(names, STYLES, strict=False))
-    figure = Figure(figsize=(6 * len(units), 4.8), layout="constrained")
+    figure = Figure(figsize=(6 * len(units), 6.0), layout="constrained")
     every_axes = figure.subplots(1, len(units), squeeze=False)[0]
     for axes, unit in zip(every_axes, units, strict=True):
         mine = [row for row in rows if row.unit == unit]
@@ -98,7 +101,7 @@ def plot_sizes(rows: Sequence[Row], file: Path) -> None:
             axes.plot([], [], styles[name], color="black", label=name)
         axes.set(xscale="log", yscale="log", xlabel=unit, ylabel="microseconds")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        _legend_below(axes)
     figure.savefig(file, dpi=120)
 
 
@@ -106,7 +109,7 @@ def plot_played(results: Sequence[Played], file: Path) -> None:
     """The mean of each step as bars, a picture for each block size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7 * len(results), 4.8), layout="constrained")
+    figure = Figure(figsize=(7 * len(results), 6.0), layout="constrained")
     every_axes = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, result in zip(every_axes, results, strict=True):
         steps, names = list(result.steps), list(result.hit_tokens)
@@ -117,8 +120,13 @@ def plot_played(results: Sequence[Played], file: Path) -> None:
         labels = [step.replace(" + ", "\n+ ") for step in steps]
         axes.set_xticks(np.arange(len(steps)) + 0.4 - width / 2, labels)
         axes.set(ylabel="microseconds, mean", title=f"blocks of {result.block_size}")
-        axes.legend()
+        _legend_below(axes)
     figure.savefig(file, dpi=120)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Where it covers no line, wherever the lines run."""
+    axes.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def _figures(figures: dict[str, float], names: Sequence[str]) -> list[str]:

@@ -129,12 +129,8 @@ class Pins:
                 held.append(self._trim(leaf, kept))
                 start, stays = nodes.start[leaf] + kept, leaf
             else:
-                token, start, stays, kept = (
-                    tree.token(leaf, 0),
-                    nodes.start[leaf],
-                    nodes.parent[leaf],
-                    0,
-                )
+                kept, token = 0, tree.token(leaf, 0)
+                start, stays = nodes.start[leaf], nodes.parent[leaf]
                 self._order.pop()
                 held.append(self._remove(leaf))
             num_blocks -= own

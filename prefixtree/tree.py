@@ -312,7 +312,9 @@ class RadixTree:
 
     def token(self, node: int, index: int) -> int:
         """The token id at `index` of a linked node's tokens."""
-        return int.from_bytes(self.edge(node)[4 * index : 4 * index + 4], sys.byteorder)
+        # Bytes beyond a cut do no harm here; to drop them would cost a copy of the rest each time.
+        known = self.edge(node) if self.nodes.writer[node] else self.tokens[node]
+        return int.from_bytes(known[4 * index : 4 * index + 4], sys.byteorder)
 
     def slots(self, node: int, start: int, stop: int) -> Int64s:
         """Slots of the node's tokens start..stop-1, counted from its first."""

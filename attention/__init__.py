@@ -3,6 +3,7 @@
 from attention.algebra import IDENTITY, Partial, merge, scan
 from attention.errors import InvalidForest, PlanMismatch
 from attention.forest import Forest, ForestArrays
+from attention.node_sets import NodeSets
 from attention.plan import Plan, plan
 from attention.reference import attend
 from attention.running import run
@@ -12,6 +13,7 @@ __all__ = [
     "Forest",
     "ForestArrays",
     "InvalidForest",
+    "NodeSets",
     "Partial",
     "Plan",
     "PlanMismatch",

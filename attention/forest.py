@@ -83,52 +83,25 @@ def validate(forest: ForestArrays, num_blocks: int | None = None) -> None:
 
     Block ids are checked against `num_blocks` where it is given, and are never negative.
     """
-    if forest.block_size < 1:
-        raise InvalidForest(f"block_size is {forest.block_size}, expected at least 1")
     num_nodes, num_sequences = len(forest.parent), len(forest.leaf)
-    for name, size in (
-        ("start", num_nodes),
-        ("length", num_nodes),
-        ("offset", num_nodes),
-        ("block_ptr", num_nodes + 1),
-        ("query_len", num_sequences),
-    ):
-        _check_shape(name, getattr(forest, name), size)
-    _check_shape("parent", forest.parent, num_nodes)
-    _check_shape("leaf", forest.leaf, num_sequences)
+    check_nodes(forest, num_nodes, num_blocks)
+    check_shape("start", forest.start, num_nodes)
+    check_shape("parent", forest.parent, num_nodes)
+    check_shape("leaf", forest.leaf, num_sequences)
+    check_shape("query_len", forest.query_len, num_sequences)
     if num_sequences == 0:
         raise InvalidForest("leaf is empty, expected at least one sequence")
 
-    parent, start, length, offset = forest.parent, forest.start, forest.length, forest.offset
+    parent, start = forest.parent, forest.start
     nodes = np.arange(num_nodes)
-    _check("parent", parent, (parent >= -1) & (parent < nodes), "-1 or an earlier node")
-    _check("length", length, length >= 1, "at least 1")
-    inside = (offset >= 0) & (offset < forest.block_size)
-    _check("offset", offset, inside, f"from 0 to below the block size {forest.block_size}")
-    end = start + length
+    check_values("parent", parent, (parent >= -1) & (parent < nodes), "-1 or an earlier node")
+    end = start + forest.length
     expected_start = np.where(parent >= 0, end[parent], 0)
-    _check("start", start, start == expected_start, "the end of the parent, 0 for a root")
-
-    if forest.block_ptr[0] != 0:
-        raise InvalidForest(f"block_ptr[0] is {forest.block_ptr[0]}, expected 0")
-    counts = np.diff(forest.block_ptr)
-    expected_counts = -(-(offset + length) // forest.block_size)
-    if (counts != expected_counts).any():
-        first = int(np.argmax(counts != expected_counts))
-        raise InvalidForest(
-            f"node {first} has {counts[first]} blocks, expected {expected_counts[first]} "
-            f"for {length[first]} tokens from offset {offset[first]}"
-        )
-    _check_shape("blocks", forest.blocks, int(forest.block_ptr[-1]))
-    known = forest.blocks >= 0
-    if num_blocks is not None:
-        known &= forest.blocks < num_blocks
-    limit = "any id" if num_blocks is None else str(num_blocks)
-    _check("blocks", forest.blocks, known, f"from 0 to below {limit}")
+    check_values("start", start, start == expected_start, "the end of the parent, 0 for a root")
 
     leaf, query_len = forest.leaf, forest.query_len
-    _check("leaf", leaf, (leaf >= 0) & (leaf < num_nodes), f"a node, 0 to below {num_nodes}")
-    _check(
+    check_values("leaf", leaf, (leaf >= 0) & (leaf < num_nodes), f"a node, 0 to below {num_nodes}")
+    check_values(
         "query_len",
         query_len,
         (query_len >= 1) & (query_len <= end[leaf]),
@@ -136,14 +109,63 @@ def validate(forest: ForestArrays, num_blocks: int | None = None) -> None:
     )
 
 
-def _check_shape(name: str, array: npt.NDArray[Any], size: int) -> None:
+class NodeArrays(Protocol):
+    """Nodes as runs of tokens in blocks, whoever attends to them."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def length(self) -> Int64Array: ...
+    @property
+    def offset(self) -> Int32Array: ...
+    @property
+    def block_ptr(self) -> Int64Array: ...
+    @property
+    def blocks(self) -> Int32Array: ...
+
+
+def check_nodes(nodes: NodeArrays, num_nodes: int, num_blocks: int | None) -> None:
+    """Raise InvalidForest where lengths, offsets and blocks of nodes contradict each other."""
+    if nodes.block_size < 1:
+        raise InvalidForest(f"block_size is {nodes.block_size}, expected at least 1")
+    check_shape("length", nodes.length, num_nodes)
+    check_shape("offset", nodes.offset, num_nodes)
+    check_shape("block_ptr", nodes.block_ptr, num_nodes + 1)
+    length, offset = nodes.length, nodes.offset
+    check_values("length", length, length >= 1, "at least 1")
+    inside = (offset >= 0) & (offset < nodes.block_size)
+    check_values("offset", offset, inside, f"from 0 to below the block size {nodes.block_size}")
+
+    if nodes.block_ptr[0] != 0:
+        raise InvalidForest(f"block_ptr[0] is {nodes.block_ptr[0]}, expected 0")
+    counts = np.diff(nodes.block_ptr)
+    expected_counts = -(-(offset + length) // nodes.block_size)
+    if (counts != expected_counts).any():
+        first = int(np.argmax(counts != expected_counts))
+        raise InvalidForest(
+            f"node {first} has {counts[first]} blocks, expected {expected_counts[first]} "
+            f"for {length[first]} tokens from offset {offset[first]}"
+        )
+    check_shape("blocks", nodes.blocks, int(nodes.block_ptr[-1]))
+    known = nodes.blocks >= 0
+    if num_blocks is not None:
+        known &= nodes.blocks < num_blocks
+    limit = "any id" if num_blocks is None else str(num_blocks)
+    check_values("blocks", nodes.blocks, known, f"from 0 to below {limit}")
+
+
+def check_shape(name: str, array: npt.NDArray[Any], size: int) -> None:
+    """Raise InvalidForest unless the array is of one dimension, this size and signed integers."""
     if array.shape != (size,):
         raise InvalidForest(f"{name} has shape {array.shape}, expected ({size},)")
     if array.dtype.kind != "i":
         raise InvalidForest(f"{name} has dtype {array.dtype}, expected a signed integer")
 
 
-def _check(name: str, values: npt.NDArray[Any], good: npt.NDArray[np.bool_], expected: str) -> None:
+def check_values(
+    name: str, values: npt.NDArray[Any], good: npt.NDArray[np.bool_], expected: str
+) -> None:
+    """Raise InvalidForest for the first value that is not good."""
     if not good.all():
         first = int(np.argmin(good))
         raise InvalidForest(f"{name}[{first}] is {values[first]}, expected {expected}")

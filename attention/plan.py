@@ -1,18 +1,28 @@
 """The plan of attention over a forest: made once a step, run once a layer."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
-import numpy as np
 import torch
 
-from attention.batches import make_batches
-from attention.errors import PlanMismatch
-from attention.forest import ForestArrays, validate
-from attention.groups import Group, make_groups
-from attention.items import WorkItems, tokens_read, work_items
-from attention.order import QueryOrder, depth_first
+from attention.algebra import Partial
+from attention.counting import tokens_per_path, tokens_read
+from attention.forest import ForestArrays
+from attention.node_sets import NodeSets
+from attention.options import RunOptions
+from attention.problem import Problem
+from attention.segments import FloatArray, Segments, segments_of
+from attention.torch_backend import TorchWork
 
-LAYOUTS = ("NHD", "HND")
+
+class Work(Protocol):
+    """What a backend makes of segments: everything that its runs share."""
+
+    @property
+    def name(self) -> str: ...
+    def run(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
+    ) -> Partial: ...
 
 
 @dataclass(frozen=True)
@@ -20,38 +30,42 @@ class Plan:
     """What `attention.run` executes. Made by `attention.plan`; holds no token and no KV.
 
     Attributes:
+        problem: heads, dimensions, dtypes, device and layout, as given to `plan`.
         num_queries: queries of all sequences together, the rows of q and of the result.
-        num_q_heads, num_kv_heads, head_dim, dtype, device, layout, window: as given to `plan`.
         block_size: tokens a block of the caches must hold.
         min_num_blocks: blocks the caches must have: the highest block id + 1.
-        order: the depth-first order of the queries.
-        items: the work items, for any backend.
-        kv_tokens_read: KV tokens from the first to the last that any query sees of a node, summed
-            over the nodes: each once, however many sequences share it.
-        kv_tokens_per_path: KV tokens that the queries of each sequence see, summed over the
-            sequences: what is read where nothing is shared.
+        segments: what is attended to and by whom, for any backend.
+        work: what the backend made of them.
     """
 
+    problem: Problem
     num_queries: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-    layout: str
-    window: int | None
     block_size: int
     min_num_blocks: int
-    order: QueryOrder = field(repr=False)
-    items: WorkItems = field(repr=False)
-    groups: list[Group] = field(repr=False)
-    query_index: torch.Tensor | None = field(repr=False)
-    kv_tokens_read: int
-    kv_tokens_per_path: int
+    segments: Segments = field(repr=False)
+    work: Work = field(repr=False)
+
+    @property
+    def kv_tokens_read(self) -> int:
+        """KV tokens from the first to the last that any query sees of a segment, summed over them.
+
+        Each once, however many sequences share it.
+        """
+        return tokens_read(self.problem, self.segments)
+
+    @property
+    def kv_tokens_per_path(self) -> int:
+        """The same summed over the sequences: what is read where nothing is shared."""
+        return tokens_per_path(self.problem, self.segments)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs the plan."""
+        return self.work.name
 
 
 def plan(
-    forest: ForestArrays,
+    source: ForestArrays | NodeSets,
     *,
     num_q_heads: int,
     num_kv_heads: int,
@@ -59,94 +73,60 @@ def plan(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     layout: str = "NHD",
+    value_head_dim: int | None = None,
+    kv_dtype: torch.dtype | None = None,
     window: int | None = None,
+    sink_tokens: int = 0,
+    temperature: FloatArray | None = None,
+    log_weight: FloatArray | None = None,
+    batch_invariant: bool = False,
 ) -> Plan:
     """Plan the attention of a forest's queries over their paths.
 
     Args:
-        forest: the nodes and sequences; see `attention.Forest`.
+        source: the nodes and the sequences on them; see `attention.Forest`, `attention.NodeSets`.
         num_q_heads: a multiple of num_kv_heads; query head h reads KV head h // (their ratio).
-        head_dim: of queries and keys; the values' may differ.
-        dtype: of q and the caches: float64, float32, bfloat16 or float16.
+        head_dim: of queries and keys.
+        dtype: of q: float64, float32, bfloat16 or float16.
         device: where q and the caches are.
         layout: of the caches, "NHD" or "HND"; see `attention.run`.
+        value_head_dim: of values and results, head_dim by default.
+        kv_dtype: of the caches: dtype by default, or torch.float8_e4m3fn or float8_e5m2.
         window: a query at position p sees the positions > p - window only; None: no limit.
+        sink_tokens: that many first positions are seen through every window.
+        temperature, log_weight: floats [N]: the logits of a node's tokens are divided by the one
+            and the other is added to them, so that exp(log_weight) weighs the node (1 and 0 by
+            default).
+        batch_invariant: the results of a sequence have the same bits whatever else is planned.
 
     Raises:
-        InvalidForest: the forest's arrays contradict each other.
+        InvalidForest: the arrays of the source contradict each other.
         PlanMismatch: an argument is outside what is said above.
 
     Host work in O(nodes log nodes + blocks + queries of all work items), vectorised: Python loops
     over levels and batched calls only.
     """
-    validate(forest)
-    _check_arguments(num_q_heads, num_kv_heads, head_dim, dtype, layout, window)
-    # "cuda" is the current one of them, and so are tensors made there.
-    device = torch.empty(0, device=device).device
-    order = depth_first(forest)
-    items = work_items(forest, order, window)
-    identity = bool((order.packed[1:] > order.packed[:-1]).all())
-    return Plan(
-        num_queries=len(order.packed),
+    problem = Problem(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         dtype=dtype,
-        device=device,
+        kv_dtype=dtype if kv_dtype is None else kv_dtype,
+        # "cuda" is the current one of them, and so are tensors made there.
+        device=torch.empty(0, device=device).device,
         layout=layout,
         window=window,
-        block_size=forest.block_size,
-        min_num_blocks=int(forest.blocks.max()) + 1,
-        order=order,
-        items=items,
-        groups=make_groups(
-            forest,
-            order,
-            make_batches(
-                forest,
-                items,
-                token_bytes=2 * num_kv_heads * head_dim * dtype.itemsize,
-                pair_flops=4 * num_q_heads * head_dim,
-                viewable=layout == "NHD",
-            ),
-            window=window,
-            mask_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-            device=device,
-        ),
-        query_index=None if identity else torch.from_numpy(order.packed).to(device),
-        kv_tokens_read=tokens_read(forest, order, window),
-        kv_tokens_per_path=_tokens_per_path(forest, window),
+        sink_tokens=sink_tokens,
+        batch_invariant=batch_invariant,
     )
-
-
-def _tokens_per_path(forest: ForestArrays, window: int | None) -> int:
-    path_len = forest.start[forest.leaf] + forest.length[forest.leaf]
-    if window is None:
-        return int(path_len.sum())
-    return int(np.minimum(path_len, forest.query_len + window - 1).sum())
-
-
-def _check_arguments(
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    layout: str,
-    window: int | None,
-) -> None:
-    if num_kv_heads < 1:
-        raise PlanMismatch(f"num_kv_heads is {num_kv_heads}, expected at least 1")
-    if num_q_heads < 1 or num_q_heads % num_kv_heads:
-        raise PlanMismatch(
-            f"num_q_heads is {num_q_heads}, expected a multiple of num_kv_heads, {num_kv_heads}"
-        )
-    if head_dim < 1:
-        raise PlanMismatch(f"head_dim is {head_dim}, expected at least 1")
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise PlanMismatch(
-            f"dtype is {dtype}, expected torch.float64, float32, bfloat16 or float16"
-        )
-    if layout not in LAYOUTS:
-        raise PlanMismatch(f"layout is {layout!r}, expected one of {LAYOUTS}")
-    if window is not None and window < 1:
-        raise PlanMismatch(f"window is {window}, expected at least 1 or None")
+    segments = segments_of(source, temperature, log_weight)
+    work = TorchWork(problem, segments)
+    return Plan(
+        problem=problem,
+        num_queries=segments.num_queries,
+        block_size=segments.block_size,
+        min_num_blocks=int(segments.blocks.max()) + 1,
+        segments=segments,
+        work=work,
+    )

@@ -157,6 +157,7 @@ class PagedModel:
             num_q_heads=shape.num_q_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            value_head_dim=shape.value_head_dim,
             dtype=shape.dtype,
             device=shape.device,
             window=window,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import attention
 from attention import Forest, Plan
+from attention.order import depth_first
 from tests.attention.strategies import LARGE, Node, build_forest, forests, level_forest
 
 windows = st.none() | st.sampled_from((1, 2, 9, 33, 100))
@@ -47,12 +48,16 @@ def test_items_cover_what_each_query_sees_exactly_once(
     expected = seen_tokens(forest[0], window)
     covered: list[list[tuple[int, int]]] = [[] for _ in expected]
     rounds: set[tuple[int, int]] = set()
-    for index in range(len(plan.items.node)):
-        item = plan.items.take(slice(index, index + 1))
-        node, begin, length = int(item.node[0]), int(item.kv_begin[0]), int(item.kv_len[0])
+    for index in range(len(plan.work.items.segment)):
+        item = plan.work.items.take(slice(index, index + 1))
+        node, begin, length = (
+            int(plan.segments.node[item.segment[0]]),
+            int(item.kv_begin[0]),
+            int(item.kv_len[0]),
+        )
         tokens = {(node, token) for token in range(begin, begin + length)}
-        for query in range(int(item.query_begin[0]), int(item.query_end[0])):
-            packed = int(plan.order.packed[query])
+        for query in range(int(item.row_begin[0]), int(item.row_end[0])):
+            packed = int(plan.segments.query[query])
             if not item.masked[0]:
                 assert tokens <= expected[packed]
             covered[packed] += tokens & expected[packed]
@@ -66,24 +71,24 @@ def test_items_cover_what_each_query_sees_exactly_once(
 @pytest.mark.parametrize("shape", LARGE)
 def test_items_of_a_round_have_no_query_in_common(shape: str, window: int | None) -> None:
     forest, _ = build_forest(16, *LARGE[shape])
-    items = plan_of(forest, window).items
-    order = np.lexsort((items.query_begin, items.round))
+    items = plan_of(forest, window).work.items
+    order = np.lexsort((items.row_begin, items.round))
     items = items.take(order)
     same_round = items.round[1:] == items.round[:-1]
-    assert (items.query_begin[1:] >= items.query_end[:-1])[same_round].all()
+    assert (items.row_begin[1:] >= items.row_end[:-1])[same_round].all()
 
 
 @given(forests(), windows)
 def test_every_item_is_seen_by_some_query(forest: tuple[Forest, int], window: int | None) -> None:
     plan = plan_of(forest[0], window)
     expected = seen_tokens(forest[0], window)
-    items = plan.items
+    items = plan.work.items
     for index in range(len(items.node)):
         ends = (items.kv_begin[index], items.kv_begin[index] + items.kv_len[index] - 1)
-        queries = range(items.query_begin[index], items.query_end[index])
+        queries = range(items.row_begin[index], items.row_end[index])
         for token in ends:
             pair = (int(items.node[index]), int(token))
-            assert any(pair in expected[plan.order.packed[query]] for query in queries)
+            assert any(pair in expected[plan.segments.query[query]] for query in queries)
 
 
 @given(forests())
@@ -111,8 +116,8 @@ def test_tokens_read_through_a_window() -> None:
 def test_decodes_read_each_node_once() -> None:
     forest, _ = level_forest([[100], [20, 30], [1, 2, 3, 4, 5, 6, 7, 8]])
     plan = plan_of(forest)
-    assert len(plan.items.node) == len(forest.parent)
-    assert not plan.items.masked.any()
+    assert len(plan.work.items.segment) == len(forest.parent)
+    assert not plan.work.items.masked.any()
     assert plan.kv_tokens_read == 100 + 20 + 30 + 36
     assert plan.kv_tokens_per_path == 8 * 100 + 4 * 20 + 4 * 30 + 36
 
@@ -120,7 +125,7 @@ def test_decodes_read_each_node_once() -> None:
 def test_a_node_no_sequence_passes_through_is_not_read() -> None:
     forest, _ = build_forest(4, [Node(-1, 5), Node(-1, 6), Node(0, 7), Node(0, 8)], [(2, 1)])
     plan = plan_of(forest)
-    assert sorted(plan.items.node.tolist()) == [0, 2]
+    assert sorted(plan.work.items.node.tolist()) == [0, 2]
     assert plan.kv_tokens_read == 12
 
 
@@ -128,14 +133,14 @@ def test_a_node_no_sequence_passes_through_is_not_read() -> None:
 def test_a_deep_chain(depth: int) -> None:
     forest, _ = build_forest(4, [Node(i - 1, 2) for i in range(depth)], [(depth - 1, 1)] * 2)
     plan = plan_of(forest)
-    assert plan.order.depth.tolist() == list(range(depth))
+    assert plan.segments.round.tolist() == list(range(depth))
     assert plan.kv_tokens_read == 2 * depth
 
 
 def test_depth_first_order_of_sequences() -> None:
     nodes = [Node(-1, 1), Node(-1, 1), Node(0, 1), Node(1, 1), Node(0, 1), Node(2, 1)]
     forest, _ = build_forest(4, nodes, [(3, 1), (5, 1), (4, 2), (2, 1), (1, 1), (0, 1)])
-    order = plan_of(forest).order
+    order = depth_first(forest)
     # The root 0 has its own query, then those below node 2 (its own first), then those of node 4.
     assert order.packed.tolist() == [6, 4, 1, 2, 3, 5, 0]
     assert order.position.tolist() == [0, 1, 2, 0, 1, 0, 1]

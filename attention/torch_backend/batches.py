@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attention.forest import ForestArrays, Int64Array
-from attention.items import BoolArray, WorkItems, cut
+from attention.forest import Int64Array
+from attention.ranges import cut
+from attention.segments import Segments
+from attention.torch_backend.items import BoolArray, WorkItems
 
 # Bounds of what one call holds: KV gathered (K and V together), tokens of an item, queries.
 GATHER_BYTES = 8 << 20
@@ -42,7 +44,7 @@ class Batches(NamedTuple):
 
 
 def make_batches(
-    forest: ForestArrays,
+    segments: Segments,
     items: WorkItems,
     *,
     token_bytes: int,
@@ -56,12 +58,12 @@ def make_batches(
         pair_flops: floating-point operations of one query on one token, all heads together.
         viewable: consecutive slots can be read in place (tokens lie at one stride).
     """
-    in_place = _in_place(forest, items, token_bytes) & viewable
+    in_place = _in_place(segments, items, token_bytes) & viewable
     items, in_place = _bounded(items, in_place)
     key = _shape_key(items, in_place)
     by_key = np.argsort(key, kind="stable")
     key, items, in_place = key[by_key], items.take(by_key), in_place[by_key]
-    num_queries = items.num_queries
+    num_rows = items.num_rows
     # What is read in place is not padded.
     padded_len = np.where(in_place, 0, items.kv_len)
 
@@ -69,16 +71,16 @@ def make_batches(
     first = np.flatnonzero(np.append(True, kind[1:] != kind[:-1]))
     count = np.diff(first, append=len(kind))
     tokens = np.maximum.reduceat(padded_len, first)
-    queries = np.maximum.reduceat(num_queries, first)
+    queries = np.maximum.reduceat(num_rows, first)
     padding = count * tokens - np.add.reduceat(padded_len, first)
-    idle = count * tokens * queries - np.add.reduceat(padded_len * num_queries, first)
+    idle = count * tokens * queries - np.add.reduceat(padded_len * num_rows, first)
     cheap = (padding * token_bytes <= CALL_BYTES) & (idle * pair_flops <= CALL_FLOPS)
     shape = np.where(np.repeat(cheap, count), kind, shape)
 
     first = np.flatnonzero(np.append(True, shape[1:] != shape[:-1]))
     count = np.diff(first, append=len(shape))
     tokens = np.maximum.reduceat(padded_len, first)
-    queries = np.maximum.reduceat(num_queries, first)
+    queries = np.maximum.reduceat(num_rows, first)
     limit = np.minimum(GATHER_BYTES // np.maximum(tokens * token_bytes, 1), MAX_QUERIES // queries)
     calls = cut(count, np.maximum(limit, 1))
     begin = first[calls.source] + calls.begin
@@ -90,23 +92,25 @@ def make_batches(
         in_place=in_place,
         begin=begin,
         size=calls.size,
-        queries=np.maximum.reduceat(num_queries, begin),
+        queries=np.maximum.reduceat(num_rows, begin),
         tokens=np.where(worthwhile, rounded, tokens),
     )
 
 
-def _in_place(forest: ForestArrays, items: WorkItems, token_bytes: int) -> BoolArray:
+def _in_place(segments: Segments, items: WorkItems, token_bytes: int) -> BoolArray:
     """Items worth reading in place: unmasked, large, and in consecutive blocks."""
     tokens = items.kv_len
     large = ~items.masked & (tokens * token_bytes >= IN_PLACE_BYTES)
     if not large.any():
         return large
-    slow = (tokens % KV_STEP > 0) & (tokens < KV_BLOCK) & (items.num_queries > FEW_QUERIES)
-    breaks = np.flatnonzero(forest.blocks[1:] != forest.blocks[:-1] + 1) + 1
-    # A break at a node's first block lies between another node and it.
-    first = np.searchsorted(breaks, forest.block_ptr[:-1], side="right")
-    contiguous: BoolArray = first == np.searchsorted(breaks, forest.block_ptr[1:], side="left")
-    return large & ~slow & contiguous[items.node]
+    slow = (tokens % KV_STEP > 0) & (tokens < KV_BLOCK) & (items.num_rows > FEW_QUERIES)
+    breaks = np.flatnonzero(segments.blocks[1:] != segments.blocks[:-1] + 1) + 1
+    # A break at a segment's first block lies between another segment and it.
+    first_block, last_token = segments.first_block, segments.offset + segments.length - 1
+    first = np.searchsorted(breaks, first_block, side="right")
+    last_block = first_block + last_token // segments.block_size
+    contiguous: BoolArray = first == np.searchsorted(breaks, last_block, side="right")
+    return large & ~slow & contiguous[items.segment]
 
 
 def _bounded(items: WorkItems, in_place: BoolArray) -> tuple[WorkItems, BoolArray]:
@@ -120,11 +124,11 @@ def _bounded(items: WorkItems, in_place: BoolArray) -> tuple[WorkItems, BoolArra
             kv_len=pieces.size,
             round=items.round * (pieces.ordinal.max() + 1) + pieces.ordinal,
         )
-    if items.num_queries.max() > MAX_QUERIES:
-        pieces = cut(items.num_queries, MAX_QUERIES)
+    if items.num_rows.max() > MAX_QUERIES:
+        pieces = cut(items.num_rows, MAX_QUERIES)
         items, in_place = items.take(pieces.source), in_place[pieces.source]
-        query_begin = items.query_begin + pieces.begin
-        items = items._replace(query_begin=query_begin, query_end=query_begin + pieces.size)
+        row_begin = items.row_begin + pieces.begin
+        items = items._replace(row_begin=row_begin, row_end=row_begin + pieces.size)
     return items, in_place
 
 
@@ -136,14 +140,14 @@ _SHAPE_BITS = 2 * _KV_BITS + _QUERY_BITS
 
 def _shape_key(items: WorkItems, in_place: BoolArray) -> Int64Array:
     """Sorts items by what they may share a call with, those of one shape by their tokens."""
-    num_queries = items.num_queries
+    num_rows = items.num_rows
     # Padding costs up to a quarter of the tokens; few queries cost little, so up to half of them.
-    octave = _octave(num_queries)
-    query_step = np.where(num_queries > 64, octave >> 2, octave)
+    octave = _octave(num_rows)
+    query_step = np.where(num_rows > 64, octave >> 2, octave)
     tokens = np.where(in_place, 0, items.kv_len)
     token_step = np.maximum(_octave(tokens) >> 2, KV_STEP)
     key = items.round * 4 + 2 * items.masked + in_place
-    key = (key << _QUERY_BITS) + _round_up(num_queries, query_step)
+    key = (key << _QUERY_BITS) + _round_up(num_rows, query_step)
     key = (key << _KV_BITS) + _round_up(tokens, token_step)
     return (key << _KV_BITS) + tokens
 

@@ -5,42 +5,48 @@ import math
 import torch
 
 from attention.algebra import Partial, merge, merge_
-from attention.batches import KV_TILE
-from attention.groups import Group
-from attention.plan import Plan
+from attention.options import RunOptions
+from attention.problem import Problem
+from attention.torch_backend.batches import KV_TILE
+from attention.torch_backend.groups import Group
 
 # Logits that the path without a fused kernel holds at once.
 MAX_LOGITS = 1 << 20
 
 
 def execute(
-    plan: Plan,
+    problem: Problem,
+    groups: list[Group],
+    query_index: torch.Tensor | None,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    scale: float,
-    softcap: float | None,
+    options: RunOptions,
 ) -> Partial:
-    """Attention of all queries, in the packed order; arguments as `attention.run` checks them."""
-    if plan.query_index is not None:
-        q = q.index_select(0, plan.query_index)
+    """Attention of all queries, in the packed order; arguments as `attention.run` checks them.
+
+    Args:
+        query_index: int64 [R], packed place of each row; None where the rows are in that order.
+    """
+    if query_index is not None:
+        q = q.index_select(0, query_index)
     # Query heads that share a KV head stand together: [num_queries, Hkv, group, head_dim].
-    q = q.view(len(q), plan.num_kv_heads, -1, plan.head_dim)
-    if plan.layout == "HND":
+    q = q.view(len(q), problem.num_kv_heads, -1, problem.head_dim)
+    if problem.layout == "HND":
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
     total = Partial(
-        q.new_zeros((*q.shape[:3], v_cache.shape[3]), dtype=precision),
-        q.new_full(q.shape[:3], -torch.inf, dtype=precision),
+        q.new_zeros((*q.shape[:3], v_cache.shape[3]), dtype=problem.precision),
+        q.new_full(q.shape[:3], -torch.inf, dtype=problem.precision),
     )
-    for group in plan.groups:
-        _add(total, group, _attend(group, q, k_cache, v_cache, scale, softcap))
+    for group in groups:
+        part = _attend(group, q, k_cache, v_cache, options.scale, options.softcap)
+        _add(total, group, part)
     o, lse = total.o.flatten(1, 2).to(q.dtype), total.lse.flatten(1, 2)
-    if plan.query_index is None:
+    if query_index is None:
         return Partial(o, lse)
     return Partial(
-        torch.empty_like(o).index_copy_(0, plan.query_index, o),
-        torch.empty_like(lse).index_copy_(0, plan.query_index, lse),
+        torch.empty_like(o).index_copy_(0, query_index, o),
+        torch.empty_like(lse).index_copy_(0, query_index, lse),
     )
 
 

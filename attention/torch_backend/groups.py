@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from attention.batches import Batches
-from attention.forest import ForestArrays, Int64Array
-from attention.items import BoolArray, WorkItems, expand
-from attention.order import QueryOrder
+from attention.forest import Int64Array
+from attention.ranges import expand
+from attention.segments import Segments
+from attention.torch_backend.batches import Batches
+from attention.torch_backend.items import BoolArray, WorkItems
 
 
 class Group(NamedTuple):
@@ -43,8 +44,7 @@ class Group(NamedTuple):
 
 
 def make_groups(
-    forest: ForestArrays,
-    order: QueryOrder,
+    segments: Segments,
     batches: Batches,
     *,
     window: int | None,
@@ -57,10 +57,10 @@ def make_groups(
         mask_dtype: float32 or float64, the precision of the logits.
     """
     items = batches.items
-    kv = _gathered(forest, batches, mask_dtype, device)
+    kv = _gathered(segments, batches, mask_dtype, device)
     rows = _rows(batches, device)
-    spans = _spans(forest, batches)
-    first_query = items.query_begin[batches.begin].tolist()
+    spans = _spans(segments, batches)
+    first_query = items.row_begin[batches.begin].tolist()
     masked = items.masked[batches.begin].tolist()
 
     groups = []
@@ -86,7 +86,7 @@ def make_groups(
             kept = rows.kept[of_rows]
             if masked[index]:
                 of = items.take(slice(begin, begin + size))
-                seen = _seen(forest, order, of, query.reshape(size, queries), tokens, window)
+                seen = _seen(segments, of, query.reshape(size, queries), tokens, window)
                 group = group._replace(mask=_additive(seen, mask_dtype, device))
                 kept = kept & seen.any(axis=2).ravel()
             if not kept.all():
@@ -108,11 +108,11 @@ class _Gathered(NamedTuple):
 
 
 def _gathered(
-    forest: ForestArrays, batches: Batches, mask_dtype: torch.dtype, device: torch.device
+    segments: Segments, batches: Batches, mask_dtype: torch.dtype, device: torch.device
 ) -> _Gathered:
     in_place = batches.in_place[batches.begin]
     shortest = np.minimum.reduceat(batches.items.kv_len, batches.begin)
-    slots, is_padding = _slots(forest, batches)
+    slots, is_padding = _slots(segments, batches)
     return _Gathered(
         slots=torch.from_numpy(slots).to(device),
         mask=_additive(~is_padding, mask_dtype, device),
@@ -139,10 +139,10 @@ def _rows(batches: Batches, device: torch.device) -> _Rows:
     items, begin = batches.items, batches.begin
     padded = np.repeat(batches.queries, batches.size)
     item, ordinal = expand(padded)
-    kept = ordinal < items.num_queries[item]
-    query = np.minimum(items.query_begin[item] + ordinal, items.query_end[item] - 1)
-    unpadded = items.num_queries == padded
-    follows = np.append(True, items.query_begin[1:] == items.query_end[:-1])
+    kept = ordinal < items.num_rows[item]
+    query = np.minimum(items.row_begin[item] + ordinal, items.row_end[item] - 1)
+    unpadded = items.num_rows == padded
+    follows = np.append(True, items.row_begin[1:] == items.row_end[:-1])
     follows[begin] = True
     return _Rows(
         query=query,
@@ -154,13 +154,13 @@ def _rows(batches: Batches, device: torch.device) -> _Rows:
     )
 
 
-def _slots(forest: ForestArrays, batches: Batches) -> tuple[Int64Array, BoolArray]:
+def _slots(segments: Segments, batches: Batches) -> tuple[Int64Array, BoolArray]:
     """Slots of the gathered items' tokens, padded within their batch; and which are padding."""
-    block_size = forest.block_size
+    block_size = segments.block_size
     gathered = np.flatnonzero(~batches.in_place)
     items = batches.items.take(gathered)
     padding = np.repeat(batches.tokens, batches.size)[gathered] - items.kv_len
-    begin = forest.offset[items.node] + items.kv_begin
+    begin = segments.offset[items.segment] + items.kv_begin
     end = begin + items.kv_len
     first_block, last_block = begin // block_size, (end - 1) // block_size
 
@@ -169,7 +169,7 @@ def _slots(forest: ForestArrays, batches: Batches) -> tuple[Int64Array, BoolArra
     block = first_block[item] + ordinal
     run_begin = np.maximum(block * block_size, begin[item])
     run_end = np.minimum((block + 1) * block_size, end[item])
-    block_id = forest.blocks[forest.block_ptr[items.node][item] + block].astype(np.int64)
+    block_id = segments.blocks[segments.first_block[items.segment][item] + block].astype(np.int64)
     first_slot = block_id * block_size + run_begin % block_size
     run_len = run_end - run_begin
     # An item's last run goes on into its padding, which then takes the last token's slot instead.
@@ -185,22 +185,21 @@ def _slots(forest: ForestArrays, batches: Batches) -> tuple[Int64Array, BoolArra
     return slots, is_padding
 
 
-def _spans(forest: ForestArrays, batches: Batches) -> list[list[tuple[int, int]] | None]:
+def _spans(segments: Segments, batches: Batches) -> list[list[tuple[int, int]] | None]:
     """First slot and number of tokens of the items of each batch that is read in place."""
     spans: list[list[tuple[int, int]] | None] = [None] * len(batches.begin)
     for batch in np.flatnonzero(batches.in_place[batches.begin]).tolist():
         begin = batches.begin[batch]
         items = batches.items.take(slice(begin, begin + batches.size[batch]))
-        token = forest.offset[items.node] + items.kv_begin
-        block = forest.blocks[forest.block_ptr[items.node] + token // forest.block_size]
-        slot = block.astype(np.int64) * forest.block_size + token % forest.block_size
+        token = segments.offset[items.segment] + items.kv_begin
+        block = segments.blocks[segments.first_block[items.segment] + token // segments.block_size]
+        slot = block.astype(np.int64) * segments.block_size + token % segments.block_size
         spans[batch] = list(zip(slot.tolist(), items.kv_len.tolist(), strict=True))
     return spans
 
 
 def _seen(
-    forest: ForestArrays,
-    order: QueryOrder,
+    segments: Segments,
     items: WorkItems,
     query: Int64Array,
     tokens: int,
@@ -208,7 +207,7 @@ def _seen(
 ) -> BoolArray:
     """Which tokens of their item the queries [size, queries] see, [size, queries, tokens]."""
     token = np.arange(tokens)
-    behind = order.position[query] - (forest.start[items.node] + items.kv_begin)[:, None]
+    behind = segments.position[query] - (segments.start[items.segment] + items.kv_begin)[:, None]
     seen: BoolArray = token < np.minimum(behind + 1, items.kv_len[:, None])[:, :, None]
     if window is not None:
         seen &= token > (behind - window)[:, :, None]

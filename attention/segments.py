@@ -1,0 +1,184 @@
+"""Segments: runs of KV tokens, each with the one contiguous range of rows that attend to it.
+
+What a forest and a set of nodes have in common, and all that a backend plans from. A row is a query
+in a place: the queries of a forest are its rows, in depth-first order, so that the ranges of
+ancestors enclose those of their descendants. In node sets a query has a row for each segment that
+it attends to, next to the other rows of that segment.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from attention.errors import InvalidForest
+from attention.forest import ForestArrays, Int32Array, Int64Array, validate
+from attention.node_sets import NodeSets
+from attention.order import depth_first
+
+FloatArray = npt.NDArray[np.floating]
+
+
+class Segments(NamedTuple):
+    """M segments of one or more tokens each, and R rows.
+
+    Attributes:
+        block_size: tokens a block holds.
+        blocks: int32, block ids of all nodes.
+        num_queries: queries of all sequences together.
+        query: int64 [R], packed place of each row's query.
+        position: int64 [R], position of each row's query.
+        run_end: int64, ends of the runs of rows that are consecutive queries of one sequence.
+        node: int64 [M], node of the forest or the sets.
+        start: int64 [M], position of the segment's first token.
+        length: int64 [M], tokens, >= 1.
+        offset: int64 [M], offset of the first token in the segment's first block.
+        first_block: int64 [M], where the segment's blocks begin in `blocks`.
+        row_begin, row_end: int64 [M], rows that attend to the segment, at least one.
+        round: int64 [M], segments of one round have no query in common; on a path, rounds ascend.
+        temperature, log_weight: float32 [M], or None for 1 and 0 everywhere: logits of the
+            segment's tokens are divided by the one, and the other is added to them.
+    """
+
+    block_size: int
+    blocks: Int32Array
+    num_queries: int
+    query: Int64Array
+    position: Int64Array
+    run_end: Int64Array
+    node: Int64Array
+    start: Int64Array
+    length: Int64Array
+    offset: Int64Array
+    first_block: Int64Array
+    row_begin: Int64Array
+    row_end: Int64Array
+    round: Int64Array
+    temperature: FloatArray | None
+    log_weight: FloatArray | None
+
+
+def segments_of(
+    source: ForestArrays | NodeSets,
+    temperature: FloatArray | None = None,
+    log_weight: FloatArray | None = None,
+) -> Segments:
+    """The segments of a forest or of node sets, checked.
+
+    Args:
+        temperature, log_weight: floats [N], one for each node; see `attention.plan`.
+
+    Raises:
+        InvalidForest: an array contradicts another, a temperature is not positive and finite, or a
+            log-weight not finite.
+    """
+    temperature = _per_node("temperature", temperature, len(source.length), positive=True)
+    log_weight = _per_node("log_weight", log_weight, len(source.length), positive=False)
+    if isinstance(source, NodeSets):
+        source.validate()
+        segments = _of_sets(source)
+    else:
+        validate(source)
+        segments = _of_forest(source)
+    return segments._replace(
+        temperature=None if temperature is None else temperature[segments.node],
+        log_weight=None if log_weight is None else log_weight[segments.node],
+    )
+
+
+def _of_forest(forest: ForestArrays) -> Segments:
+    order = depth_first(forest)
+    node = np.flatnonzero(order.end > order.begin)
+    return Segments(
+        block_size=forest.block_size,
+        blocks=forest.blocks,
+        num_queries=len(order.packed),
+        query=order.packed,
+        position=order.position,
+        run_end=order.sequence_end,
+        node=node,
+        start=forest.start[node],
+        length=forest.length[node],
+        offset=forest.offset[node].astype(np.int64),
+        first_block=forest.block_ptr[node],
+        row_begin=order.begin[node],
+        row_end=order.end[node],
+        round=order.depth[node],
+        temperature=None,
+        log_weight=None,
+    )
+
+
+def _of_sets(sets: NodeSets) -> Segments:
+    members = np.diff(sets.member_ptr)
+    sequence = np.repeat(np.arange(len(members)), members)
+    # One node at two positions is two segments.
+    key = sets.member_start * len(sets.length) + sets.member
+    distinct, segment = np.unique(key, return_inverse=True)
+    start, node = distinct // len(sets.length), distinct % len(sets.length)
+
+    by_segment = np.argsort(segment, kind="stable")
+    of = sequence[by_segment]
+    run_end = np.cumsum(sets.query_len[of])
+    first_query = np.cumsum(sets.query_len) - sets.query_len
+    rows = np.arange(run_end[-1])
+    member_rows = sets.query_len[of]
+    row_begin = run_end - member_rows
+    last = np.cumsum(np.bincount(segment)) - 1
+    row_end = run_end[last]
+    return Segments(
+        block_size=sets.block_size,
+        blocks=sets.blocks,
+        num_queries=sets.num_queries,
+        query=rows + np.repeat(first_query[of] - row_begin, member_rows),
+        position=rows + np.repeat(sets.query_start[of] - row_begin, member_rows),
+        run_end=run_end,
+        node=node,
+        start=start,
+        length=sets.length[node],
+        offset=sets.offset[node].astype(np.int64),
+        first_block=sets.block_ptr[node],
+        row_begin=np.append(0, row_end[:-1]),
+        row_end=row_end,
+        round=_rounds(sequence, segment, len(members), len(node)),
+        temperature=None,
+        log_weight=None,
+    )
+
+
+def _rounds(
+    sequence: Int64Array, segment: Int64Array, num_sequences: int, num_segments: int
+) -> Int64Array:
+    """Rounds in which no two segments of a sequence stand, few of them.
+
+    In each round goes every segment that is the first one left of all its sequences (Luby 1986
+    with the segment's number as its priority).
+    """
+    round_ = np.full(num_segments, -1)
+    current = 0
+    while len(segment):
+        first = np.full(num_sequences, num_segments)
+        np.minimum.at(first, sequence, segment)
+        blocked = np.zeros(num_segments, np.bool_)
+        blocked[segment[first[sequence] < segment]] = True
+        chosen = ~blocked[segment]
+        round_[segment[chosen]] = current
+        sequence, segment = sequence[~chosen], segment[~chosen]
+        current += 1
+    return round_
+
+
+def _per_node(
+    name: str, values: FloatArray | None, num_nodes: int, *, positive: bool
+) -> FloatArray | None:
+    if values is None:
+        return None
+    values = np.asarray(values, np.float32)
+    if values.shape != (num_nodes,):
+        raise InvalidForest(f"{name} has shape {values.shape}, expected ({num_nodes},)")
+    good = np.isfinite(values) & (values > 0 if positive else True)
+    if not good.all():
+        first = int(np.argmin(good))
+        expected = "a positive number" if positive else "a finite number"
+        raise InvalidForest(f"{name}[{first}] is {values[first]}, expected {expected}")
+    return values

@@ -13,7 +13,7 @@ the result directly, the others to slots of a buffer, in which the partials of a
 side in the order in which they are merged.
 
 Everything is int32 on the plan's device, of fixed capacity, so that captured graphs stay valid:
-what lies behind the counts is not read.
+what lies behind the sizes is not read.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Entries(NamedTuple):
 
     Attributes:
         slot: int32 [E], the first slot.
-        count: int32 [E], slots, 0 to the width of the units that read the entry.
+        length: int32 [E], slots, 0 to the width of the units that read the entry.
         position: int32 [E], position of the first slot's token.
         row_begin, row_end: int32 [E], rows that attend to it.
         scale, bias: float32 [E], or None for 1 and 0: factor (1 / temperature) and log-weight of
@@ -49,7 +49,7 @@ class Entries(NamedTuple):
     """
 
     slot: torch.Tensor
-    count: torch.Tensor
+    length: torch.Tensor
     position: torch.Tensor
     row_begin: torch.Tensor
     row_end: torch.Tensor
@@ -63,10 +63,10 @@ class Units(NamedTuple):
     Lane i of a unit is token i % width of entry entry_begin + i // width.
 
     Attributes:
-        count: int32 [1], units; those behind are capacity.
+        size: int32 [1], units; those behind are capacity.
         row_begin, row_end: int32 [U], the unit's rows, at most rows_per_tile.
         entry_begin, entry_mid, entry_end: int32 [U], its entries. Up to entry_mid, every row of
-            the unit sees all tokens that the entries count; behind it a row sees token t of an
+            the unit sees all tokens of the entries; behind it a row sees token t of an
             entry if it lies in the entry's range of rows, t's position is at most its own, and t
             is inside the window or one of the first sink_tokens.
         log2_width: int32 [U], width of the unit's entries in lanes.
@@ -74,7 +74,7 @@ class Units(NamedTuple):
         rows_per_tile: most rows that a unit has.
     """
 
-    count: torch.Tensor
+    size: torch.Tensor
     row_begin: torch.Tensor
     row_end: torch.Tensor
     entry_begin: torch.Tensor
@@ -89,12 +89,12 @@ class Merges(NamedTuple):
     """Q results that are merged of several partials (or of rows of several segments).
 
     Attributes:
-        count: int32 [1], results; those behind are capacity.
+        size: int32 [1], results; those behind are capacity.
         query: int32 [Q], packed place of the query.
         begin, end: int32 [Q], its partials: slots of the partial buffer.
     """
 
-    count: torch.Tensor
+    size: torch.Tensor
     query: torch.Tensor
     begin: torch.Tensor
     end: torch.Tensor

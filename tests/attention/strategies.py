@@ -33,6 +33,7 @@ class Case:
     num_q_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
+    value_head_dim: int | None = None
     dtype: torch.dtype = torch.float32
     layout: str = "NHD"
     strides: str = "plain"
@@ -211,8 +212,8 @@ def tensors(case: Case, seed: int = 0) -> Tensors:
     ).to(case.dtype)
     owned = owned_slots(case.forest, case.num_blocks)
     caches = []
-    for _ in range(2):
-        cache = _empty_cache(case)
+    for head_dim in (case.head_dim, case.value_head_dim or case.head_dim):
+        cache = _empty_cache(case, head_dim)
         by_slot = cache if case.layout == "NHD" else cache.transpose(1, 2)
         by_slot.copy_(torch.randn(by_slot.shape, generator=generator))
         by_slot[~owned] = torch.nan
@@ -244,23 +245,23 @@ def path_slots(forest: Forest, leaf: int) -> np.ndarray:
     return np.concatenate(slots)
 
 
-def _empty_cache(case: Case) -> torch.Tensor:
+def _empty_cache(case: Case, head_dim: int) -> torch.Tensor:
     inner = (case.forest.block_size, case.num_kv_heads)
     if case.layout == "HND":
         inner = inner[::-1]
     match case.strides:
         case "plain":
-            return torch.empty(case.num_blocks, *inner, case.head_dim, dtype=case.dtype)
+            return torch.empty(case.num_blocks, *inner, head_dim, dtype=case.dtype)
         case "interleaved":
-            both = torch.empty(case.num_blocks, 2, *inner, case.head_dim, dtype=case.dtype)
+            both = torch.empty(case.num_blocks, 2, *inner, head_dim, dtype=case.dtype)
             return both[:, 1]
         case "padded blocks":
-            size = math.prod(inner) * case.head_dim
+            size = math.prod(inner) * head_dim
             wide = torch.empty(case.num_blocks, size + 8, dtype=case.dtype)
-            return wide[:, :size].unflatten(1, (*inner, case.head_dim))
+            return wide[:, :size].unflatten(1, (*inner, head_dim))
         case "padded heads":
-            wide = torch.empty(case.num_blocks, *inner, case.head_dim + 8, dtype=case.dtype)
-            return wide[..., : case.head_dim]
+            wide = torch.empty(case.num_blocks, *inner, head_dim + 8, dtype=case.dtype)
+            return wide[..., :head_dim]
         case _:
-            other = torch.empty(case.num_blocks, *inner[::-1], case.head_dim, dtype=case.dtype)
+            other = torch.empty(case.num_blocks, *inner[::-1], head_dim, dtype=case.dtype)
             return other.transpose(1, 2)

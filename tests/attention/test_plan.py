@@ -83,11 +83,12 @@ def test_every_item_is_seen_by_some_query(forest: tuple[Forest, int], window: in
     plan = plan_of(forest[0], window)
     expected = seen_tokens(forest[0], window)
     items = plan.work.items
-    for index in range(len(items.node)):
+    nodes = plan.segments.node[items.segment]
+    for index in range(len(nodes)):
         ends = (items.kv_begin[index], items.kv_begin[index] + items.kv_len[index] - 1)
         queries = range(items.row_begin[index], items.row_end[index])
         for token in ends:
-            pair = (int(items.node[index]), int(token))
+            pair = (int(nodes[index]), int(token))
             assert any(pair in expected[plan.segments.query[query]] for query in queries)
 
 
@@ -125,7 +126,7 @@ def test_decodes_read_each_node_once() -> None:
 def test_a_node_no_sequence_passes_through_is_not_read() -> None:
     forest, _ = build_forest(4, [Node(-1, 5), Node(-1, 6), Node(0, 7), Node(0, 8)], [(2, 1)])
     plan = plan_of(forest)
-    assert sorted(plan.work.items.node.tolist()) == [0, 2]
+    assert sorted(plan.segments.node.tolist()) == [0, 2]
     assert plan.kv_tokens_read == 12
 
 

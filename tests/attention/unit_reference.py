@@ -39,7 +39,7 @@ def execute(
     part_lse = torch.full((schedule.num_partials, heads), torch.nan, dtype=torch.float64)
 
     for units in schedule.units:
-        for unit in range(int(units.count)):
+        for unit in range(int(units.size)):
             first, middle, last = (
                 int(column[unit])
                 for column in (units.entry_begin, units.entry_mid, units.entry_end)
@@ -49,7 +49,7 @@ def execute(
             width = 1 << int(units.log2_width[unit])
             seen: dict[int, list[tuple[int, int, float, float]]] = {row: [] for row in unit_rows}
             for entry in range(first, last):
-                count = int(entries.count[entry])
+                count = int(entries.length[entry])
                 assert 0 <= count <= width
                 scale = 1.0 if entries.scale is None else float(entries.scale[entry])
                 bias = 0.0 if entries.bias is None else float(entries.bias[entry])
@@ -77,7 +77,7 @@ def execute(
                     assert part_lse[place].isnan().all(), f"partial {place} is written twice"
                     part_o[place], part_lse[place] = part
 
-    for index in range(int(merges.count)):
+    for index in range(int(merges.size)):
         query = int(merges.query[index])
         of = slice(int(merges.begin[index]), int(merges.end[index]))
         assert lse[query].isnan().all(), f"query {query} is written twice"

@@ -270,5 +270,5 @@ def test_a_thousand_ragged_tails_are_a_handful_of_calls() -> None:
     lengths = (1 + np.random.default_rng(0).integers(0, 64, 1024)).tolist()
     forest, num_blocks = level_forest([[100], lengths])
     case = Case(forest, num_blocks, num_q_heads=8, head_dim=64, dtype=torch.bfloat16)
-    assert len(plan_of(case).groups) <= 10
+    assert len(plan_of(case).work.groups) <= 10
     assert_as_good_as_flat(case, tensors(case))

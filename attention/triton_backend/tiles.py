@@ -86,7 +86,7 @@ _OTHER_HIP = _Arch(64 * _KIB, 64, 2)
 
 
 def arch_of(device: torch.device) -> str:
-    """"sm_90", "gfx942" and the like; of a CPU, the default to plan for."""
+    """ "sm_90", "gfx942" and the like; of a CPU, the default to plan for."""
     if device.type != "cuda":
         return DEFAULT_ARCH
     properties = torch.cuda.get_device_properties(device)

@@ -219,7 +219,9 @@ def _walk(
 ):
     """Online softmax over the lanes of the entries, with visibility only where it is MASKED."""
     dtype: tl.constexpr = q1.dtype
-    for first in tl.range(0, (entry_end - entry_begin) << log2_width, BLOCK_N, num_stages=NUM_STAGES):
+    for first in tl.range(
+        0, (entry_end - entry_begin) << log2_width, BLOCK_N, num_stages=NUM_STAGES
+    ):
         entry, token, real, slot = lanes(
             first, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
         )

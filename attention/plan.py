@@ -11,6 +11,7 @@ from attention.counting import tokens_per_path, tokens_read
 from attention.errors import InvalidForest
 from attention.forest import ForestArrays
 from attention.node_sets import NodeSets
+from attention.ops import handle_of
 from attention.options import RunOptions
 from attention.problem import Problem
 from attention.reference_work import ReferenceWork
@@ -28,7 +29,7 @@ class Work(Protocol):
     ) -> Partial: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What `attention.run` executes. Made by `attention.plan`; holds no token and no KV.
 
@@ -39,6 +40,7 @@ class Plan:
         min_num_blocks: blocks the caches must have: the highest block id + 1.
         segments: what is attended to and by whom, for any backend.
         work: what the backend made of them.
+        handle: int64 [1] on the CPU, what stands for the plan in a compiled graph.
     """
 
     problem: Problem
@@ -47,6 +49,10 @@ class Plan:
     min_num_blocks: int
     segments: Segments = field(repr=False)
     work: Work = field(repr=False)
+    handle: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", handle_of(self))
 
     @property
     def kv_tokens_read(self) -> int:

@@ -61,7 +61,7 @@ class Problem:
     @property
     def precision(self) -> torch.dtype:
         """Of logits, partials and lse: float64 where q is, float32 otherwise."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return lse_dtype(self.dtype)
 
     @property
     def token_bytes(self) -> int:
@@ -72,3 +72,8 @@ class Problem:
     def pair_flops(self) -> int:
         """Floating-point operations of one query on one token, all heads together."""
         return 2 * self.num_q_heads * (self.head_dim + self.value_head_dim)
+
+
+def lse_dtype(q_dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exp, and of all that is computed on the way to it."""
+    return torch.float64 if q_dtype == torch.float64 else torch.float32

@@ -41,4 +41,4 @@ class ReferenceWork:
         }
         given = {name: value for name, value in given.items() if value is not None}
         o, lse = attend(self.source, q, k_cache, v_cache, **given)
-        return Partial(o.to(self.problem.dtype), lse.to(self.problem.precision))
+        return Partial(o.to(q), lse.to(q.device, self.problem.precision))

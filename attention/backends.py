@@ -39,7 +39,7 @@ def choose(backend: str | None, problem: Problem) -> str:
 
 def what_triton_lacks(problem: Problem) -> str | None:
     """Why the kernels cannot run a problem on its device; None: they can."""
-    return _kernel_lacks(problem) or _device_lacks(problem.device)
+    return _kernel_lacks(problem) or device_lacks(problem.device)
 
 
 def _kernel_lacks(problem: Problem) -> str | None:
@@ -59,7 +59,8 @@ def _kernel_lacks(problem: Problem) -> str | None:
     return None
 
 
-def _device_lacks(device: torch.device) -> str | None:
+def device_lacks(device: torch.device) -> str | None:
+    """Why kernels cannot run on a device; None: they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type == "cpu":

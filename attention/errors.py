@@ -11,3 +11,11 @@ class PlanMismatch(ValueError):
 
 class UnsupportedBackend(ValueError):
     """The backend asked for cannot run the plan; the message says what is missing."""
+
+
+class WriteMismatch(ValueError):
+    """The tensors given to a write do not fit each other."""
+
+
+class InvalidSlots(ValueError):
+    """A slot to write to lies in no block, or occurs twice."""

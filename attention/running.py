@@ -7,7 +7,7 @@ import torch
 
 from attention.errors import PlanMismatch
 from attention.ops import LIBRARY, plan_of
-from attention.options import RunOptions
+from attention.options import RunOptions, check_option, scale_shapes
 from attention.plan import Plan
 from attention.problem import Problem, lse_dtype
 
@@ -146,24 +146,9 @@ def _check_options(problem: Problem, options: RunOptions) -> None:
     if softcap is not None and not 0 < softcap < math.inf:
         raise PlanMismatch(f"softcap is {softcap}, expected a positive number or None")
     if alibi_slopes is not None:
-        _check_option("alibi_slopes", alibi_slopes, [(problem.num_q_heads,)], problem.device)
-    one_or_each = [(problem.num_kv_heads,), (1,), ()]
-    if k_scale is not None:
-        _check_option("k_scale", k_scale, one_or_each, problem.device)
-    if v_scale is not None:
-        _check_option("v_scale", v_scale, one_or_each, problem.device)
-
-
-def _check_option(
-    name: str, tensor: torch.Tensor, shapes: list[tuple[int, ...]], device: torch.device
-) -> None:
-    if tuple(tensor.shape) not in shapes:
-        raise PlanMismatch(
-            f"{name} has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}"
-        )
-    if tensor.dtype != torch.float32:
-        raise PlanMismatch(f"{name} has dtype {tensor.dtype}, expected torch.float32")
-    if tensor.device != device:
-        raise PlanMismatch(f"{name} is on {tensor.device}, expected {device}")
-    if not tensor.is_contiguous():
-        raise PlanMismatch(f"{name} has strides {tensor.stride()}, expected contiguous numbers")
+        shape = (problem.num_q_heads,)
+        check_option("alibi_slopes", alibi_slopes, (shape,), problem.device, PlanMismatch)
+    for name, tensor in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if tensor is not None:
+            shapes = scale_shapes(problem.num_kv_heads)
+            check_option(name, tensor, shapes, problem.device, PlanMismatch)

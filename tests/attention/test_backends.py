@@ -113,15 +113,13 @@ def test_the_widest_heads_have_a_kernel(capability: Any) -> None:
 
 
 def test_other_devices_get_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
-
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for device in ("cpu", "meta"):
         problem = replace(PROBLEM, device=torch.device(device))
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
         assert choose(None, problem) == "torch"
         with pytest.raises(UnsupportedBackend, match=f"the device is {device}"):
             choose("triton", problem)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     on_cpu = replace(PROBLEM, device=torch.device("cpu"))
     assert choose("triton", on_cpu) == "triton"
     assert choose(None, on_cpu) == "torch"

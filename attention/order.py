@@ -8,114 +8,106 @@ from attention.forest import ForestArrays, Int64Array
 
 
 class QueryOrder(NamedTuple):
-    """Queries of a forest in depth-first order: a node's own before those of its children.
+    """Nodes and queries of a forest, depth-first: a node's own queries before its children's.
 
     Attributes:
         packed: int64 [num_queries], place of each query in the packed order of the sequences.
         position: int64 [num_queries], position of each query in its path.
         sequence_end: int64 [S], end of each sequence's queries, sequences depth-first.
-        begin, end: int64 [N], the range of queries that belong to sequences through each node.
-        depth: int64 [N], 0 for roots.
-        preorder: int64 [N], the nodes depth-first, children in the order of their indices.
+        node: int64 [N], the nodes in preorder, siblings in the order of their indices.
+        begin, end: int64 [N], the range of queries that belong to sequences through `node`.
+        depth: int64 [N], number of ancestors of `node`.
     """
 
     packed: Int64Array
     position: Int64Array
     sequence_end: Int64Array
+    node: Int64Array
     begin: Int64Array
     end: Int64Array
     depth: Int64Array
-    preorder: Int64Array
-
-
-# Queries and nodes are counted together, in the upper and the lower half of an int64.
-_HALF = 32
-_LOWER = (1 << _HALF) - 1
 
 
 def depth_first(forest: ForestArrays) -> QueryOrder:
-    """Order the queries of a valid forest of fewer than 2^31 nodes and queries.
+    """Order the nodes and queries of a valid forest.
 
-    O(N log N + num_queries), and O(N log depth) for sums over subtrees and paths by pointer
-    doubling (Hillis and Steele 1986); no Python loop over nodes or levels.
+    O(N log N + num_queries), without a Python loop over nodes or levels.
     """
-    num_nodes = len(forest.parent)
-    # Node i is i + 1 here; 0 is the forest itself, the parent of the roots and its own.
-    parent = np.zeros(num_nodes + 1, np.int64)
-    np.add(forest.parent, 1, out=parent[1:])
-    own = np.zeros(num_nodes + 1, np.int64)
-    np.add.at(own, forest.leaf.astype(np.int64) + 1, forest.query_len)
-    own <<= _HALF
-    own[1:] += 1
+    place, size = _preorder(forest.parent)
+    num_nodes = len(size)
+    node = np.empty(num_nodes, np.int64)
+    node[place] = np.arange(num_nodes)
+    subtree_end = np.arange(num_nodes) + size.take(node)
+    # Of the subtrees that begin before a node, those of its ancestors have not ended.
+    ended = np.bincount(subtree_end, minlength=num_nodes + 1).cumsum()
+    depth = np.arange(num_nodes) - ended[:-1]
 
-    total, ancestor, ancestors = own.copy(), parent, []
-    while ancestor.any():
-        ancestors.append(ancestor)
-        np.add.at(total, ancestor, total.copy())
-        ancestor = ancestor.take(ancestor)
-    total[0] = own.sum()
+    leaf_place = place.take(forest.leaf)
+    queries_before = np.zeros(num_nodes + 1, np.int64)
+    np.add.at(queries_before, leaf_place + 1, forest.query_len)
+    queries_before = queries_before.cumsum()
 
-    place = _behind_parent(parent, own, total)
-    depth = np.ones(num_nodes + 1, np.int64)
-    depth[0] = 0
-    for ancestor in ancestors:
-        place += place.take(ancestor)
-        depth += depth.take(ancestor)
-
-    begin = place[1:] >> _HALF
-    preorder = np.empty(num_nodes, np.int64)
-    preorder[place[1:] & _LOWER] = np.arange(num_nodes)
-    sequences = _by_leaf(forest, begin)
-    path_len = (forest.start + forest.length).take(forest.leaf.take(sequences))
-    packed, position, sequence_end = _queries(forest.query_len, sequences, path_len)
+    sequences = _sorted(leaf_place, num_nodes)
+    packed, position, sequence_end = _queries(forest, sequences)
     return QueryOrder(
         packed=packed,
         position=position,
         sequence_end=sequence_end,
-        begin=begin,
-        end=begin + (total[1:] >> _HALF),
-        depth=depth[1:] - 1,
-        preorder=preorder,
+        node=node,
+        begin=queries_before[:-1],
+        end=queries_before.take(subtree_end),
+        depth=depth,
     )
 
 
-def _behind_parent(parent: Int64Array, own: Int64Array, total: Int64Array) -> Int64Array:
-    """How far each node's place is behind its parent's: own ones come first, then the children's.
+def _preorder(parent_of: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Place of each node in preorder, and the number of nodes in its subtree.
 
-    Args:
-        own, total: what is counted of each node itself, and of it and all its descendants.
+    Sums over subtrees and over paths are taken by pointer doubling (Hillis and Steele 1986).
     """
-    # 16-bit numbers are sorted by radix.
-    narrow = parent[1:].astype(np.uint16) if len(parent) <= 1 << 16 else parent[1:]
-    siblings = narrow.argsort(kind="stable") + 1
-    behind = np.zeros_like(own)
-    behind[siblings] = total.take(siblings).cumsum()
-    behind -= total
-    # What all children of earlier nodes count, less the node's own.
-    before = (total - own).cumsum() - total
-    behind -= before.take(parent)
-    behind[0] = 0
-    return behind
+    # Node i is i + 1 here; 0 is the root above the roots, and its own parent.
+    parent = np.zeros(len(parent_of) + 1, np.int64)
+    np.add(parent_of, 1, out=parent[1:])
+    size = np.ones_like(parent)
+    ancestor, ancestors = parent, []
+    while np.count_nonzero(ancestor):
+        ancestors.append(ancestor)
+        np.add.at(size, ancestor, size.copy())
+        ancestor = ancestor.take(ancestor)
+    size[0] = len(size)
+
+    # A node is behind its parent by 1 and the subtrees of its earlier siblings. Counted from the
+    # first child of all, these are behind those of all children of earlier nodes.
+    children = _sorted(parent, len(parent))
+    place = np.empty_like(parent)
+    place[children] = size.take(children).cumsum()
+    place -= size
+    place -= ((size - 1).cumsum() - size + size[0]).take(parent)
+    place[0] = 0
+    for ancestor in ancestors:
+        place += place.take(ancestor)
+    return place[1:] - 1, size[1:]
 
 
-def _by_leaf(forest: ForestArrays, begin: Int64Array) -> Int64Array:
-    """The sequences in the order of their leaves' queries, those of one leaf in their own."""
-    first = begin.take(forest.leaf)
-    return first.argsort(kind="stable")
+def _sorted(keys: Int64Array, bound: int) -> Int64Array:
+    """Stable order of keys from 0 to below the bound; those of 16 bits are sorted by radix."""
+    narrow = keys.astype(np.uint16) if bound <= 1 << 16 else keys
+    return narrow.argsort(kind="stable")
 
 
 def _queries(
-    query_len: Int64Array, sequences: Int64Array, path_len: Int64Array
+    forest: ForestArrays, sequences: Int64Array
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Packed place and position of each query, sequence after sequence, and where these end."""
-    lengths = query_len.take(sequences)
-    end = lengths.cumsum()
+    leaf, query_len = forest.leaf.take(sequences), forest.query_len.take(sequences)
+    path_len = forest.start.take(leaf) + forest.length.take(leaf)
+    end = query_len.cumsum()
     if end[-1] == len(end):
         return sequences, path_len - 1, end
     queries = np.arange(end[-1])
-    packed_end = query_len.cumsum().take(sequences)
+    packed_end = forest.query_len.cumsum().take(sequences)
     return (
-        queries + np.repeat(packed_end - end, lengths),
-        queries + np.repeat(path_len - end, lengths),
+        queries + np.repeat(packed_end - end, query_len),
+        queries + np.repeat(path_len - end, query_len),
         end,
     )

@@ -88,10 +88,10 @@ def segments_of(
 
 def _of_forest(forest: ForestArrays) -> Segments:
     order = depth_first(forest)
-    node = order.preorder
-    used = order.end > order.begin
-    if not used.all():
-        node = node[used.take(node)]
+    node, begin, end, depth = order.node, order.begin, order.end, order.depth
+    used = begin < end
+    if np.count_nonzero(used) < len(used):
+        node, begin, end, depth = node[used], begin[used], end[used], depth[used]
     return Segments(
         block_size=forest.block_size,
         blocks=forest.blocks,
@@ -104,9 +104,9 @@ def _of_forest(forest: ForestArrays) -> Segments:
         length=forest.length.take(node),
         offset=forest.offset.take(node).astype(np.int64),
         first_block=forest.block_ptr.take(node),
-        row_begin=order.begin.take(node),
-        row_end=order.end.take(node),
-        round=order.depth.take(node),
+        row_begin=begin,
+        row_end=end,
+        round=depth,
         temperature=None,
         log_weight=None,
     )

@@ -118,19 +118,18 @@ def _is_forest(forest: ForestArrays) -> bool:
     num_nodes = len(forest.parent)
     if num_nodes == 0:
         return False
-    parent, leaf = forest.parent.astype(np.int64), forest.leaf.astype(np.int64)
-    # What must not be negative is so where its sign bit is set, and "or" collects sign bits.
-    if ((parent + 1) | (np.arange(-1, num_nodes - 1) - parent)).min() < 0:
+    parent, leaf, query_len = forest.parent, forest.leaf, forest.query_len
+    if parent.min() < -1 or np.count_nonzero(parent >= np.arange(num_nodes)):
         return False
-    if (leaf | (num_nodes - 1 - leaf)).min() < 0:
+    if leaf.min() < 0 or leaf.max() >= num_nodes or query_len.min() < 1:
         return False
     # Index -1, the parent of roots, reads the entry behind the last node.
     end = np.zeros(num_nodes + 1, np.int64)
     np.add(forest.start, forest.length, out=end[:-1])
-    if np.count_nonzero(end.take(parent) != forest.start):
-        return False
-    longest = end.take(leaf)
-    return bool(((forest.query_len - 1) | (longest - forest.query_len)).min() >= 0)
+    return not (
+        np.count_nonzero(end.take(parent) != forest.start)
+        or np.count_nonzero(end.take(leaf) < query_len)
+    )
 
 
 class NodeArrays(Protocol):
@@ -188,14 +187,12 @@ def _are_nodes(nodes: NodeArrays, num_blocks: int | None) -> bool:
         return False
     if nodes.blocks.shape != (nodes.block_ptr[-1],) or nodes.blocks.dtype.kind != "i":
         return False
-    length, offset = nodes.length.astype(np.int64), nodes.offset.astype(np.int64)
-    last = nodes.block_size - 1
-    # Slots behind the last token in the last block.
-    left = (nodes.block_ptr[1:] - nodes.block_ptr[:-1]) * nodes.block_size - offset - length
-    # What must not be negative is so where its sign bit is set, and "or" collects sign bits.
-    if ((length - 1) | offset | (last - offset) | left | (last - left)).min() < 0:
+    offset, block_size = nodes.offset, nodes.block_size
+    if nodes.length.min() < 1 or offset.min() < 0 or offset.max() >= block_size:
         return False
-    if nodes.blocks.min() < 0:
+    capacity = (nodes.block_ptr[1:] - nodes.block_ptr[:-1]).astype(np.int64) * block_size
+    left = capacity - offset - nodes.length
+    if left.min() < 0 or left.max() >= block_size or nodes.blocks.min() < 0:
         return False
     return num_blocks is None or bool(nodes.blocks.max() < num_blocks)
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attention.forest import ForestArrays, Int64Array
+from attention.forest import ForestArrays, Int32Array, Int64Array
 
 
 class QueryOrder(NamedTuple):
@@ -42,13 +42,15 @@ def depth_first(forest: ForestArrays) -> QueryOrder:
     ended = np.bincount(subtree_end, minlength=num_nodes + 1).cumsum()
     depth = np.arange(num_nodes) - ended[:-1]
 
-    leaf_place = place.take(forest.leaf)
+    leaf = forest.leaf.astype(np.int64)
+    leaf_place = place.take(leaf)
     queries_before = np.zeros(num_nodes + 1, np.int64)
     np.add.at(queries_before, leaf_place + 1, forest.query_len)
     queries_before = queries_before.cumsum()
 
     sequences = _sorted(leaf_place, num_nodes)
-    packed, position, sequence_end = _queries(forest, sequences)
+    path_len = (forest.start + forest.length).take(leaf)
+    packed, position, sequence_end = _queries(sequences, forest.query_len, path_len)
     return QueryOrder(
         packed=packed,
         position=position,
@@ -60,7 +62,7 @@ def depth_first(forest: ForestArrays) -> QueryOrder:
     )
 
 
-def _preorder(parent_of: Int64Array) -> tuple[Int64Array, Int64Array]:
+def _preorder(parent_of: Int32Array) -> tuple[Int64Array, Int64Array]:
     """Place of each node in preorder, and the number of nodes in its subtree.
 
     Sums over subtrees and over paths are taken by pointer doubling (Hillis and Steele 1986).
@@ -76,13 +78,15 @@ def _preorder(parent_of: Int64Array) -> tuple[Int64Array, Int64Array]:
         ancestor = ancestor.take(ancestor)
     size[0] = len(size)
 
-    # A node is behind its parent by 1 and the subtrees of its earlier siblings. Counted from the
-    # first child of all, these are behind those of all children of earlier nodes.
+    # A node is behind its parent by 1 and the subtrees of its earlier siblings: among the subtrees
+    # of all children, those before it but for the children of earlier nodes.
     children = _sorted(parent, len(parent))
+    sizes = size.take(children)
+    sizes[0] = 0
     place = np.empty_like(parent)
-    place[children] = size.take(children).cumsum()
+    place[children] = sizes.cumsum()
     place -= size
-    place -= ((size - 1).cumsum() - size + size[0]).take(parent)
+    place -= ((size - 1).cumsum() - size).take(parent)
     place[0] = 0
     for ancestor in ancestors:
         place += place.take(ancestor)
@@ -96,16 +100,19 @@ def _sorted(keys: Int64Array, bound: int) -> Int64Array:
 
 
 def _queries(
-    forest: ForestArrays, sequences: Int64Array
+    sequences: Int64Array, query_len: Int64Array, path_len: Int64Array
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Packed place and position of each query, sequence after sequence, and where these end."""
-    leaf, query_len = forest.leaf.take(sequences), forest.query_len.take(sequences)
-    path_len = forest.start.take(leaf) + forest.length.take(leaf)
+    """Packed place and position of each query in the order `sequences`, and where each ends.
+
+    Args:
+        query_len, path_len: of each sequence, in the packed order.
+    """
+    path_len = path_len.take(sequences)
+    if query_len.max() == 1:
+        return sequences, path_len - 1, np.arange(1, len(sequences) + 1)
+    packed_end, query_len = query_len.cumsum().take(sequences), query_len.take(sequences)
     end = query_len.cumsum()
-    if end[-1] == len(end):
-        return sequences, path_len - 1, end
     queries = np.arange(end[-1])
-    packed_end = forest.query_len.cumsum().take(sequences)
     return (
         queries + np.repeat(packed_end - end, query_len),
         queries + np.repeat(path_len - end, query_len),

@@ -9,6 +9,7 @@ from attention.algebra import Partial
 from attention.backends import choose
 from attention.counting import tokens_per_path, tokens_read
 from attention.errors import InvalidForest
+from attention.explain import Explanation, WorkSummary, explain
 from attention.forest import ForestArrays
 from attention.node_sets import NodeSets
 from attention.ops import handle_of
@@ -27,6 +28,7 @@ class Work(Protocol):
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial: ...
+    def summary(self) -> WorkSummary: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,10 @@ class Plan:
     def backend(self) -> str:
         """Name of the backend that runs the plan."""
         return self.work.name
+
+    def explain(self) -> Explanation:
+        """What one layer takes and what sharing is worth; `print` it."""
+        return explain(self.problem, self.segments, self.backend, self.work.summary())
 
 
 def plan(
@@ -165,7 +171,7 @@ def _work(
 ) -> Work:
     match backend:
         case "reference":
-            return ReferenceWork(problem, source, temperature, log_weight)
+            return ReferenceWork(problem, segments, source, temperature, log_weight)
         case "triton":
             # Planning for torch needs no Triton.
             from attention.triton_backend.work import TritonWork

@@ -7,3 +7,11 @@ class InvalidForest(ValueError):
 
 class PlanMismatch(ValueError):
     """The tensors given to a run are not the ones its plan was made for."""
+
+
+class PlanFull(ValueError):
+    """What a plan is updated to does not fit into its tensors: make a new plan."""
+
+
+class PlanExhausted(RuntimeError):
+    """A plan was advanced as often as it reserved room for: make a new plan."""

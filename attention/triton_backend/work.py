@@ -146,15 +146,15 @@ class TritonWork:
     def _write(self, plan: UnitPlan) -> None:
         """Write a plan to the columns, or raise PlanFull and change nothing."""
         columns, segments = self._columns, plan.segments
-        if plan.num_partials > self.schedule.num_partials:
-            raise PlanFull(
-                f"{plan.num_partials} partial results are to be merged, the plan has room for "
-                f"{self.schedule.num_partials}"
-            )
         if not set(plan.units) <= set(self._kinds):
             raise PlanFull(
                 f"tiles of {max(plan.units)} and {min(plan.units)} rows are needed, the plan has "
                 f"room for those of {self._kinds}"
+            )
+        if plan.num_partials > self.schedule.num_partials:
+            raise PlanFull(
+                f"{plan.num_partials} partial results are to be merged, the plan has room for "
+                f"{self.schedule.num_partials}"
             )
         values: dict[str, Values] = {
             "rows.query": segments.query,

@@ -12,7 +12,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "sink_tokens"])
 def segment(
     q,
     k_cache,
@@ -219,10 +219,12 @@ def _walk(
 ):
     """Online softmax over the lanes of the entries, with visibility only where it is MASKED."""
     dtype: tl.constexpr = q1.dtype
-    for first in tl.range(0, (entry_end - entry_begin) << log2_width, BLOCK_N, num_stages=NUM_STAGES):
-        entry, token, real, slot = lanes(
-            first, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
-        )
+    count = (entry_end - entry_begin) << log2_width
+    entry, token, slot, length = lanes(
+        0, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
+    )
+    for first in tl.range(0, count, BLOCK_N, num_stages=NUM_STAGES):
+        real = token < length
         block = (slot // BLOCK_SIZE).to(tl.int64)
         offset = (slot % BLOCK_SIZE).to(tl.int64)
         k_row = k_head + block * k_stride_block + offset * k_stride_slot
@@ -280,6 +282,10 @@ def _walk(
             if V2 > 0:
                 v2 = widened(_columns(v_row, real, V1, V2, VALUE_DIM), dtype)
                 acc2 = tl.dot(weights, v2, acc2 * decay[:, None], input_precision="ieee")
+        # One step ahead, so that loads of K and V wait for no other load and are pipelined.
+        entry, token, slot, length = lanes(
+            first + BLOCK_N, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
+        )
     return largest, total, acc1, acc2
 
 
@@ -293,13 +299,16 @@ def lanes(
     entry_length,
     BLOCK_N: tl.constexpr,
 ):
-    """Entry, token in it, whether there is one, and slot of BLOCK_N lanes of a unit."""
+    """Of BLOCK_N lanes of a unit: entry, token in it, its slot, and the length of the entry.
+
+    A lane is a token if `token < length`.
+    """
     lane = first + tl.arange(0, BLOCK_N)
     entry = entry_begin + (lane >> log2_width)
     token = lane & ((1 << log2_width) - 1)
     length = tl.load(entry_length + entry, mask=entry < entry_end, other=0)
     slot = tl.load(entry_slot + entry, mask=entry < entry_end, other=0) + token
-    return entry, token, token < length, slot
+    return entry, token, slot, length
 
 
 @triton.jit

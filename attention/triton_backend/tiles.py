@@ -7,6 +7,7 @@ share: every row more saves one more load of the KV. Batch-invariant plans know 
 the shape decides the order of additions.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,7 @@ _OTHER_CUDA = _Arch(99 * _KIB, 64, 3)  # the least of any since sm_80
 _OTHER_HIP = _Arch(64 * _KIB, 64, 2)
 
 
+@lru_cache
 def arch_of(device: torch.device) -> str:
     """ "sm_90", "gfx942" and the like; of a CPU, the default to plan for."""
     if device.type != "cuda":
@@ -95,11 +97,17 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def converts_float8(arch: str) -> bool:
+    """Whether kernels can convert from float8_e4m3fn there."""
+    return arch.startswith("gfx") or int(arch.removeprefix("sm_")) >= 89
+
+
 def shared_memory(arch: str) -> int:
     """Bytes of shared memory that a program may have."""
     return _arch(arch).shared
 
 
+@lru_cache
 def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
     """The tiles of a problem, by default for its device.
 

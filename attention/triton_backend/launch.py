@@ -81,15 +81,13 @@ def segment_arguments(
     tile = tiles.of(problem, units.rows_per_tile)
     d1, d2 = split_dim(problem.head_dim)
     v1, v2 = split_dim(problem.value_head_dim)
-    k_block, k_head, k_slot = k_cache.stride()[:3]
-    v_block, v_head, v_slot = v_cache.stride()[:3]
-    if problem.layout == "NHD":
-        k_head, k_slot = k_slot, k_head
-        v_head, v_slot = v_slot, v_head
+    k_strides = _strides(problem, k_cache)
+    v_strides = _strides(problem, v_cache)
+    alike = v_strides == k_strides
     rows, entries = schedule.rows, schedule.entries
     in_keys = (
-        v_cache.data_ptr() == k_cache.data_ptr()
-        and (v_block, v_head, v_slot) == (k_block, k_head, k_slot)
+        alike
+        and v_cache.data_ptr() == k_cache.data_ptr()
         and problem.value_head_dim in (d1, problem.head_dim)
     )
     return {
@@ -127,12 +125,8 @@ def segment_arguments(
         "sink_tokens": problem.sink_tokens,
         "q_stride_query": q.stride(0),
         "q_stride_head": q.stride(1),
-        "k_stride_block": k_block,
-        "k_stride_slot": k_slot,
-        "k_stride_head": k_head,
-        "v_stride_block": v_block,
-        "v_stride_slot": v_slot,
-        "v_stride_head": v_head,
+        **{f"k_stride_{of}": stride for of, stride in k_strides.items()},
+        **{f"v_stride_{of}": None if alike else stride for of, stride in v_strides.items()},
         "k_scale_stride": _stride(options.k_scale),
         "v_scale_stride": _stride(options.v_scale),
         "NUM_KV_HEADS": problem.num_kv_heads,
@@ -187,6 +181,11 @@ def _merge_shape(problem: Problem) -> tuple[int, int]:
     """Query heads and columns of a program: 512 numbers of a partial, 16 bytes a thread."""
     columns = power_of_two_from(problem.value_head_dim)
     return max(1, min(power_of_two_from(problem.num_q_heads), 512 // columns)), columns
+
+
+def _strides(problem: Problem, cache: torch.Tensor) -> dict[str, int]:
+    of = ("block", "slot", "head") if problem.layout == "NHD" else ("block", "head", "slot")
+    return dict(zip(of, cache.stride()[:3], strict=True))
 
 
 def _stride(per_head: torch.Tensor | None) -> int:

@@ -51,7 +51,7 @@ def segment(
     k_stride_block,
     k_stride_slot,
     k_stride_head,
-    v_stride_block,
+    v_stride_block,  # the three are None: those of the keys
     v_stride_slot,
     v_stride_head,
     k_scale_stride,
@@ -100,7 +100,9 @@ def segment(
     k_head = k_cache + kv_head.to(tl.int64) * k_stride_head
     v_head = None
     if v_cache is not None:
-        v_head = v_cache + kv_head.to(tl.int64) * v_stride_head
+        v_head = v_cache + kv_head.to(tl.int64) * (
+            k_stride_head if v_stride_head is None else v_stride_head
+        )
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -225,9 +227,9 @@ def _walk(
     )
     for first in tl.range(0, count, BLOCK_N, num_stages=NUM_STAGES):
         real = token < length
-        block = (slot // BLOCK_SIZE).to(tl.int64)
-        offset = (slot % BLOCK_SIZE).to(tl.int64)
-        k_row = k_head + block * k_stride_block + offset * k_stride_slot
+        block = slot // BLOCK_SIZE
+        k_offset = _offset(block, slot - block * BLOCK_SIZE, k_stride_block, k_stride_slot)
+        k_row = k_head + k_offset
         k1 = widened(_columns(k_row, real, 0, D1, HEAD_DIM), dtype)
         logits = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         k2 = None
@@ -276,7 +278,11 @@ def _walk(
             if V2 > 0:
                 acc2 = tl.dot(weights, k2, acc2 * decay[:, None], input_precision="ieee")
         else:
-            v_row = v_head + block * v_stride_block + offset * v_stride_slot
+            v_row = v_head + k_offset
+            if v_stride_block is not None:
+                v_row = v_head + _offset(
+                    block, slot - block * BLOCK_SIZE, v_stride_block, v_stride_slot
+                )
             v1 = widened(_columns(v_row, real, 0, V1, VALUE_DIM), dtype)
             acc1 = tl.dot(weights, v1, acc1, input_precision="ieee")
             if V2 > 0:
@@ -309,6 +315,11 @@ def lanes(
     length = tl.load(entry_length + entry, mask=entry < entry_end, other=0)
     slot = tl.load(entry_slot + entry, mask=entry < entry_end, other=0) + token
     return entry, token, slot, length
+
+
+@triton.jit
+def _offset(block, place, stride_block, stride_slot):
+    return block.to(tl.int64) * stride_block + place.to(tl.int64) * stride_slot
 
 
 @triton.jit

@@ -227,7 +227,8 @@ def _walk(
     )
     for first in tl.range(0, count, BLOCK_N, num_stages=NUM_STAGES):
         real = token < length
-        block = slot // BLOCK_SIZE
+        # Unsigned, a power of two is a shift.
+        block = (slot.to(tl.uint32) // BLOCK_SIZE).to(tl.int32)
         k_offset = _offset(block, slot - block * BLOCK_SIZE, k_stride_block, k_stride_slot)
         k_row = k_head + k_offset
         k1 = widened(_columns(k_row, real, 0, D1, HEAD_DIM), dtype)

@@ -160,6 +160,7 @@ def segment(
     row_lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
     if v_scale is not None:
         weight = weight * tl.load(v_scale + kv_head * v_scale_stride)
+    query = tl.load(row_query + row, mask=real, other=0, cache_modifier=".ca").to(tl.int64)
     partial = tl.load(row_partial + row, mask=real, other=0)
     direct = partial < 0
     ordinal = tl.load(unit_ordinal + unit)

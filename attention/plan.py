@@ -7,6 +7,7 @@ import torch
 
 from attention.algebra import Partial
 from attention.counting import tokens_per_path, tokens_read
+from attention.explain import Explanation, WorkSummary, explain
 from attention.forest import ForestArrays
 from attention.node_sets import NodeSets
 from attention.options import RunOptions
@@ -23,6 +24,7 @@ class Work(Protocol):
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial: ...
+    def summary(self) -> WorkSummary: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Plan:
     def backend(self) -> str:
         """Name of the backend that runs the plan."""
         return self.work.name
+
+    def explain(self) -> Explanation:
+        """What one layer takes and what sharing is worth; `print` it."""
+        return explain(self.problem, self.segments, self.backend, self.work.summary())
 
 
 def plan(

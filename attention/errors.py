@@ -19,3 +19,11 @@ class WriteMismatch(ValueError):
 
 class InvalidSlots(ValueError):
     """A slot to write to lies in no block, or occurs twice."""
+
+
+class PlanFull(ValueError):
+    """What a plan is updated to does not fit into its tensors: make a new plan."""
+
+
+class PlanExhausted(RuntimeError):
+    """A plan was advanced as often as it reserved room for: make a new plan."""

@@ -1,6 +1,7 @@
 """Runs a plan on the tensors of one layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,12 +89,10 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "run", "CompositeExplicitAutograd")
 def _run(handle: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _execute(plan_of(handle), *arguments)
 
 
-@torch.library.register_fake("prefixtree::run", lib=LIBRARY)
 def _run_shapes(
     handle: torch.Tensor, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +100,9 @@ def _run_shapes(
     return out, q.new_empty(q.shape[:2], dtype=lse_dtype(q.dtype))
 
 
-_operator = torch.ops.prefixtree.run.default
+LIBRARY.impl("run", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("prefixtree::run", _run_shapes, lib=LIBRARY)
+_operator: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.prefixtree.run.default
 
 
 def _check_tensors(

@@ -86,14 +86,9 @@ LIBRARY.define(
     "write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, str layout, "
     "Tensor? k_scale, Tensor? v_scale, bool check_slots) -> ()"
 )
-torch.library.impl(LIBRARY, "write", "CompositeExplicitAutograd")(_execute)
-
-
-@torch.library.register_fake("prefixtree::write", lib=LIBRARY)
-def _write_nothing(*_: object) -> None:
-    """The operator returns nothing, and what it mutates keeps its shape."""
-
-
+LIBRARY.impl("write", _execute, "CompositeExplicitAutograd")
+# It returns nothing, and what it mutates keeps its shape.
+torch.library.register_fake("prefixtree::write", lambda *_: None, lib=LIBRARY)
 _operator = torch.ops.prefixtree.write.default
 
 

@@ -1,5 +1,6 @@
 """The kernel that writes K and V of new tokens to their slots: one launch for both."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def write_slots(
 ) -> None:
     """As `attention.write`, of checked tensors, the caches in the layout "NHD"."""
     if len(slots):
-        with torch.cuda.device_of(k_cache):
+        with torch.cuda.device(k_cache.device) if k_cache.is_cuda else nullcontext():
             write_kernel[grid_of(k, v)](
                 **arguments_of(k, v, k_cache, v_cache, slots, k_scale, v_scale)
             )

@@ -12,7 +12,6 @@ BACKENDS = ("reference", "torch", "triton")
 # What the kernels are written for.
 MAX_HEAD_DIM = 256
 LATENT_HEAD_DIMS = (576, 512)
-MAX_GROUP = 64
 MIN_CAPABILITY = (8, 0)
 
 
@@ -50,11 +49,6 @@ def _kernel_lacks(problem: Problem) -> str | None:
         return (
             f"no kernel has head_dim {head_dims[0]} and value_head_dim {head_dims[1]} "
             f"(up to {MAX_HEAD_DIM} each, or {LATENT_HEAD_DIMS[0]} and {LATENT_HEAD_DIMS[1]})"
-        )
-    if problem.group > MAX_GROUP:
-        return (
-            f"no kernel has {problem.group} query heads to a KV head "
-            f"({problem.num_q_heads} to {problem.num_kv_heads}; up to {MAX_GROUP})"
         )
     return None
 

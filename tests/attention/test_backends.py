@@ -86,10 +86,6 @@ WITHOUT_KERNEL: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "wide heads": ({"head_dim": 288}, "no kernel has head_dim 288 and value_head_dim 128"),
     "wide values": ({"value_head_dim": 512}, "no kernel has head_dim 128 and value_head_dim 512"),
-    "a large group": (
-        {"num_q_heads": 130},
-        r"no kernel has 65 query heads to a KV head \(130 to 2; up to 64\)",
-    ),
 }
 
 
@@ -103,9 +99,10 @@ def test_a_problem_without_kernel_gets_torch(capability: Any, what: str) -> None
         choose("triton", problem)
 
 
-def test_the_widest_heads_have_a_kernel(capability: Any) -> None:
+def test_wide_heads_and_large_groups_have_a_kernel(capability: Any) -> None:
     capability(9, 0)
     for widest in (
+        replace(PROBLEM, num_q_heads=130),
         replace(PROBLEM, head_dim=256, value_head_dim=256),
         replace(PROBLEM, num_q_heads=64, num_kv_heads=1, head_dim=576, value_head_dim=512),
     ):

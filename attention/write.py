@@ -103,8 +103,11 @@ def _write_slots(
 ) -> None:
     """With torch operations; the caches are [num_blocks, block_size, num_kv_heads, head_dim]."""
     num_blocks, block_size = k_cache.shape[:2]
-    written = (slots >= 0) & (slots < num_blocks * block_size)
-    if not written.all():
+    if not len(slots):
+        return
+    lowest, highest = map(int, slots.aminmax())
+    if lowest < 0 or highest >= num_blocks * block_size:
+        written = (slots >= 0) & (slots < num_blocks * block_size)
         k, v, slots = k[written], v[written], slots[written]
     block, offset = slots // block_size, slots % block_size
     for values, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):

@@ -19,6 +19,7 @@ from attention.triton_backend.entries import (
 )
 from attention.triton_backend.expand import expand_on_device
 from attention.triton_backend.growth import Growth
+from attention.triton_backend.invariant import make_invariant_plan
 from attention.triton_backend.planner import (
     MergeColumns,
     Shape,
@@ -46,8 +47,15 @@ def shape_of(problem: Problem) -> Shape:
         processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
     device = device_of(arch_of(problem.device), processors)
     programs = max(1, device.processors * OCCUPANCY // problem.num_kv_heads)
+    lean, fat = tiles.lean, tiles.fat
+    if problem.batch_invariant:
+        lean = fat = tiles.invariant
     return Shape(
-        tiles.lean.rows_per_tile, tiles.fat.rows_per_tile, programs, costs(problem, device)
+        lean_rows=lean.rows_per_tile,
+        fat_rows=fat.rows_per_tile,
+        block_n=lean.block_n,
+        programs=programs,
+        costs=costs(problem, device),
     )
 
 
@@ -79,11 +87,11 @@ class TritonWork:
             PlanMismatch: the kernels do not compute the problem, or reserve is not 0 and a
                 sequence has another number of queries than one.
         """
-        _check_reserve(segments, reserve)
+        _check_reserve(problem, segments, reserve)
         self.problem = problem
         self._reserve = reserve
         self._shape = shape_of(problem) if shape is None else shape
-        plan = make_plan(problem, segments, self._shape, reserve)
+        plan = self._plan(segments)
         self._columns = _make_columns(problem, plan)
         self._kinds = tuple(plan.units)
         self.schedule = _schedule(self._columns, self._kinds, plan)
@@ -108,6 +116,10 @@ class TritonWork:
             loaded += int((tokens[end] - tokens[begin]).sum())
         return loaded
 
+    def summary(self) -> WorkSummary:
+        """The units by kind of tile; predictions are of `cost`, which is not tuned on hardware."""
+        return self._summary._replace(kv_tokens_loaded=self.kv_tokens_loaded)
+
     def update(self, segments: Segments) -> None:
         """Plan for other segments in the same tensors.
 
@@ -115,14 +127,14 @@ class TritonWork:
             PlanMismatch: as when the work was made.
             PlanFull: they do not fit. The schedule is left as it was.
         """
-        _check_reserve(segments, self._reserve)
+        _check_reserve(self.problem, segments, self._reserve)
         # What has columns must be written.
         ones = np.ones(len(segments.length), np.float32)
         if self.schedule.entries.scale is not None and segments.temperature is None:
             segments = segments._replace(temperature=ones)
         if self.schedule.entries.bias is not None and segments.log_weight is None:
             segments = segments._replace(log_weight=ones - 1)
-        self._write(make_plan(self.problem, segments, self._shape, self._reserve))
+        self._write(self._plan(segments))
 
     def advance(self, slots: npt.ArrayLike | torch.Tensor) -> None:
         """Let every sequence grow by one token, and its query move on to it.
@@ -142,6 +154,11 @@ class TritonWork:
             slots = slots.cpu().numpy()
         slots = np.asarray(slots)
         self._columns.patch(self._growth.advance(slots))
+
+    def _plan(self, segments: Segments) -> UnitPlan:
+        if self.problem.batch_invariant:
+            return make_invariant_plan(self.problem, segments, self._shape)
+        return make_plan(self.problem, segments, self._shape, self._reserve)
 
     def _write(self, plan: UnitPlan) -> None:
         """Write a plan to the columns, or raise PlanFull and change nothing."""
@@ -170,6 +187,8 @@ class TritonWork:
             values[f"{_units(kind)}.size"] = np.array([size])
         pieces = piece_columns(segments, plan.pieces)
         columns.check(dict.fromkeys(_entry_names(segments), plan.num_entries))
+        # No piece has the entries that batch-invariant plans leave empty between pieces.
+        self.schedule.entries.length.zero_()
         if "pieces.entry" in columns:
             columns.write(values | _named("pieces", pieces) | {"blocks": segments.blocks})
             expand_on_device(
@@ -272,9 +291,11 @@ def _with_room(size: int) -> int:
     return size + size // 4 + -(size + size // 4) % 64
 
 
-def _check_reserve(segments: Segments, reserve: int) -> None:
+def _check_reserve(problem: Problem, segments: Segments, reserve: int) -> None:
     if reserve < 0:
         raise PlanMismatch(f"reserve is {reserve}, expected at least 0")
+    if reserve and problem.batch_invariant:
+        raise PlanMismatch(f"reserve is {reserve}, expected 0 in a batch-invariant plan")
     queries, rows = segments.num_queries, len(segments.query)
     if reserve and not queries == rows == len(segments.run_end):
         raise PlanMismatch(

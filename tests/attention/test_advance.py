@@ -124,7 +124,7 @@ def decode_batch(lengths: list[int], block_size: int = 4) -> Segments:
     return segments_of(forest)
 
 
-SHAPE = Shape(2, 8, 4, LEAN)
+SHAPE = Shape(2, 8, 8, 4, LEAN)
 
 
 def test_a_smaller_batch_fits_into_the_tensors_of_a_larger_one() -> None:
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(lengths: list[int], name
 
 
 def test_tiles_of_another_kind_do_not_fit() -> None:
-    fat = Shape(2, 8, 4, FAT)
+    fat = Shape(2, 8, 8, 4, FAT)
     work = TritonWork(problem_of(), decode_batch([9]), shape=fat)
     with pytest.raises(PlanFull, match=r"tiles of 8 and 2 rows are needed"):
         work.update(decode_batch([9] * 9))
@@ -169,7 +169,7 @@ def test_temperatures_can_be_left_out_later_but_not_come_later() -> None:
 
 
 def test_a_tail_grows_with_the_temperature_of_its_node() -> None:
-    forest, num_blocks = build_forest(4, [Node(-1, 9), Node(0, 5), Node(0, 5)], [(1, 1), (2, 1)])
+    forest, _ = build_forest(4, [Node(-1, 9), Node(0, 5), Node(0, 5)], [(1, 1), (2, 1)])
     temperature, weight = np.array([2.0, 0.5, 3.0]), np.array([0.1, -0.3, 0.7])
     work = TritonWork(problem_of(), segments_of(forest, temperature, weight), 6, shape=SHAPE)
     longer = forest

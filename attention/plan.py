@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
@@ -25,6 +26,7 @@ class Work(Protocol):
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial: ...
     def summary(self) -> WorkSummary: ...
+    def advance(self, slots: npt.ArrayLike | torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,25 @@ class Plan:
         """Name of the backend that runs the plan."""
         return self.work.name
 
+    def advance(self, slots: npt.ArrayLike | torch.Tensor) -> None:
+        """Go on to the next decode step: every sequence grows by a token, its query moves to it.
+
+        The plan runs then as one made anew, in the same tensors. What it says of itself, `segments`
+        and `explain`, stays that of the step it was made for.
+
+        Args:
+            slots: integers [S], slot (block * block_size + offset) of each sequence's new token.
+
+        Raises:
+            PlanMismatch: slots are no S integers of at least 0.
+            PlanExhausted: the plan was advanced as often as it reserved room for.
+
+        O(S) on the host, and one copy to a GPU.
+        """
+        self.work.advance(slots)
+        needed = int(torch.as_tensor(slots).max()) // self.block_size + 1
+        object.__setattr__(self, "min_num_blocks", max(self.min_num_blocks, needed))
+
     def explain(self) -> Explanation:
         """What one layer takes and what sharing is worth; `print` it."""
         return explain(self.problem, self.segments, self.backend, self.work.summary())
@@ -86,6 +107,7 @@ def plan(
     temperature: FloatArray | None = None,
     log_weight: FloatArray | None = None,
     batch_invariant: bool = False,
+    reserve: int = 0,
 ) -> Plan:
     """Plan the attention of a forest's queries over their paths.
 
@@ -104,6 +126,7 @@ def plan(
             and the other is added to them, so that exp(log_weight) weighs the node (1 and 0 by
             default).
         batch_invariant: the results of a sequence have the same bits whatever else is planned.
+        reserve: how often the plan can be advanced; more than 0 for sequences of one query only.
 
     Raises:
         InvalidForest: the arrays of the source contradict each other.
@@ -127,7 +150,7 @@ def plan(
         batch_invariant=batch_invariant,
     )
     segments = segments_of(source, temperature, log_weight)
-    work = TorchWork(problem, segments)
+    work = TorchWork(problem, segments, reserve)
     return Plan(
         problem=problem,
         num_queries=segments.num_queries,

@@ -5,12 +5,14 @@ import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
+from attention.counting import pairs_seen, tokens_per_path, tokens_read
 from attention.errors import PlanExhausted, PlanFull, PlanMismatch
+from attention.explain import WorkSummary
 from attention.options import RunOptions
 from attention.problem import Problem
 from attention.segments import Segments
 from attention.triton_backend.buffers import Columns, Values
-from attention.triton_backend.cost import costs, device_of
+from attention.triton_backend.cost import costs, device_of, predict
 from attention.triton_backend.entries import (
     EntryColumns,
     PieceColumns,
@@ -91,7 +93,8 @@ class TritonWork:
         self.problem = problem
         self._reserve = reserve
         self._shape = shape_of(problem) if shape is None else shape
-        plan = self._plan(segments)
+        self._segments = segments
+        self._made = plan = self._plan(segments)
         self._columns = _make_columns(problem, plan)
         self._kinds = tuple(plan.units)
         self.schedule = _schedule(self._columns, self._kinds, plan)
@@ -117,8 +120,40 @@ class TritonWork:
         return loaded
 
     def summary(self) -> WorkSummary:
-        """The units by kind of tile; predictions are of `cost`, which is not tuned on hardware."""
-        return self._summary._replace(kv_tokens_loaded=self.kv_tokens_loaded)
+        """The units by kind of tile; predictions are those of `cost`, not tuned on hardware."""
+        plan, costs = self._made, self._shape.costs
+        unique = tokens_read(self.problem, self._segments)
+        per_path = tokens_per_path(self.problem, self._segments)
+        pairs = pairs_seen(self.problem, self._segments)
+        loaded, partials = self.kv_tokens_loaded, plan.num_partials
+        row_lanes = sum(
+            rows_per_tile * int((units.entry_end - units.entry_begin << units.log2_width).sum())
+            for rows_per_tile, units in plan.units.items()
+        )
+        return WorkSummary(
+            units=tuple(
+                (f"tiles of {rows_per_tile} rows", len(units.ordinal))
+                for rows_per_tile, units in plan.units.items()
+            ),
+            kv_tokens_loaded=loaded,
+            partials=partials,
+            predicted_seconds=predict(
+                costs,
+                unique=unique,
+                loaded=loaded,
+                row_lanes=row_lanes,
+                partials=partials,
+                launches=len(plan.units) + (partials > 0),
+            ),
+            predicted_seconds_unshared=predict(
+                costs,
+                unique=unique,
+                loaded=per_path,
+                row_lanes=max(pairs, per_path * self._shape.lean_rows),
+                partials=0,
+                launches=1,
+            ),
+        )
 
     def update(self, segments: Segments) -> None:
         """Plan for other segments in the same tensors.
@@ -134,7 +169,9 @@ class TritonWork:
             segments = segments._replace(temperature=ones)
         if self.schedule.entries.bias is not None and segments.log_weight is None:
             segments = segments._replace(log_weight=ones - 1)
-        self._write(self._plan(segments))
+        plan = self._plan(segments)
+        self._write(plan)
+        self._segments, self._made = segments, plan
 
     def advance(self, slots: npt.ArrayLike | torch.Tensor) -> None:
         """Let every sequence grow by one token, and its query move on to it.

@@ -1,20 +1,27 @@
 """The plan of attention over a forest: made once a step, run once a layer."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
+from attention.backends import choose
 from attention.counting import tokens_per_path, tokens_read
+from attention.errors import InvalidForest, PlanMismatch
 from attention.explain import Explanation, WorkSummary, explain
 from attention.forest import ForestArrays
 from attention.node_sets import NodeSets
+from attention.ops import handle_of
 from attention.options import RunOptions
 from attention.problem import Problem
+from attention.reference_work import ReferenceWork
 from attention.segments import FloatArray, Segments, segments_of
 from attention.torch_backend import TorchWork
+
+AnyArray = npt.NDArray[Any]
 
 
 class Work(Protocol):
@@ -26,10 +33,10 @@ class Work(Protocol):
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial: ...
     def summary(self) -> WorkSummary: ...
-    def advance(self, slots: npt.ArrayLike | torch.Tensor) -> None: ...
+    def advance(self, slots: AnyArray) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What `attention.run` executes. Made by `attention.plan`; holds no token and no KV.
 
@@ -40,6 +47,7 @@ class Plan:
         min_num_blocks: blocks the caches must have: the highest block id + 1.
         segments: what is attended to and by whom, for any backend.
         work: what the backend made of them.
+        handle: int64 [1] on the CPU, what stands for the plan in a compiled graph.
     """
 
     problem: Problem
@@ -48,6 +56,10 @@ class Plan:
     min_num_blocks: int
     segments: Segments = field(repr=False)
     work: Work = field(repr=False)
+    handle: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", handle_of(self))
 
     @property
     def kv_tokens_read(self) -> int:
@@ -82,8 +94,9 @@ class Plan:
 
         O(S) on the host, and one copy to a GPU.
         """
+        slots = slots.cpu().numpy() if isinstance(slots, torch.Tensor) else np.asarray(slots)
         self.work.advance(slots)
-        needed = int(torch.as_tensor(slots).max()) // self.block_size + 1
+        needed = int(slots.max()) // self.block_size + 1
         object.__setattr__(self, "min_num_blocks", max(self.min_num_blocks, needed))
 
     def explain(self) -> Explanation:
@@ -108,6 +121,8 @@ def plan(
     log_weight: FloatArray | None = None,
     batch_invariant: bool = False,
     reserve: int = 0,
+    backend: str | None = None,
+    num_blocks: int | None = None,
 ) -> Plan:
     """Plan the attention of a forest's queries over their paths.
 
@@ -121,16 +136,23 @@ def plan(
         value_head_dim: of values and results, head_dim by default.
         kv_dtype: of the caches: dtype by default, or torch.float8_e4m3fn or float8_e5m2.
         window: a query at position p sees the positions > p - window only; None: no limit.
-        sink_tokens: that many first positions are seen through every window.
+        sink_tokens: that many first positions are seen through every window; without one they
+            are seen anyway.
         temperature, log_weight: floats [N]: the logits of a node's tokens are divided by the one
             and the other is added to them, so that exp(log_weight) weighs the node (1 and 0 by
             default).
         batch_invariant: the results of a sequence have the same bits whatever else is planned.
         reserve: how often the plan can be advanced; more than 0 for sequences of one query only.
+        backend: "triton" (kernels for CUDA of compute capability 8.0 and ROCm gfx9xx, or on the
+            CPU under TRITON_INTERPRET=1), "torch" (torch operations, any device) or "reference"
+            (float64, one query at a time, any device: what the others are held to). By default
+            the kernels where the device is a GPU that has one for these arguments, else "torch".
+        num_blocks: blocks of the caches, against which the source's block ids are then checked.
 
     Raises:
-        InvalidForest: the arrays of the source contradict each other.
+        InvalidForest: the arrays of the source contradict each other or `num_blocks`.
         PlanMismatch: an argument is outside what is said above.
+        UnsupportedBackend: the backend asked for cannot run this.
 
     Host work in O(nodes log nodes + blocks + queries of all work items), vectorised: Python loops
     over levels and batched calls only.
@@ -149,13 +171,41 @@ def plan(
         sink_tokens=sink_tokens,
         batch_invariant=batch_invariant,
     )
+    chosen = choose(backend, problem)
     segments = segments_of(source, temperature, log_weight)
-    work = TorchWork(problem, segments, reserve)
+    highest_block = int(segments.blocks.max())
+    if num_blocks is not None and highest_block >= num_blocks:
+        raise InvalidForest(
+            f"blocks has the id {highest_block}, expected ids from 0 to below {num_blocks}"
+        )
     return Plan(
         problem=problem,
         num_queries=segments.num_queries,
         block_size=segments.block_size,
-        min_num_blocks=int(segments.blocks.max()) + 1,
+        min_num_blocks=highest_block + 1,
         segments=segments,
-        work=work,
+        work=_work(chosen, problem, source, segments, temperature, log_weight, reserve),
     )
+
+
+def _work(
+    backend: str,
+    problem: Problem,
+    source: ForestArrays | NodeSets,
+    segments: Segments,
+    temperature: FloatArray | None,
+    log_weight: FloatArray | None,
+    reserve: int,
+) -> Work:
+    if reserve and backend != "triton":
+        raise PlanMismatch(f"reserve is {reserve}, expected 0 for the backend {backend!r}")
+    match backend:
+        case "reference":
+            return ReferenceWork(problem, segments, source, temperature, log_weight)
+        case "triton":
+            # Planning for torch needs no Triton.
+            from attention.triton_backend.work import TritonWork
+
+            return TritonWork(problem, segments, reserve)
+        case _:
+            return TorchWork(problem, segments)

@@ -1,5 +1,7 @@
 """What the Triton backend makes of segments: a schedule on the device, which can grow in place."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -173,7 +175,7 @@ class TritonWork:
         self._write(plan)
         self._segments, self._made = segments, plan
 
-    def advance(self, slots: npt.ArrayLike | torch.Tensor) -> None:
+    def advance(self, slots: npt.NDArray[Any]) -> None:
         """Let every sequence grow by one token, and its query move on to it.
 
         Args:
@@ -187,9 +189,6 @@ class TritonWork:
             raise PlanExhausted(
                 f"the plan has been advanced {self._reserve} times, all that it reserved room for"
             )
-        if isinstance(slots, torch.Tensor):
-            slots = slots.cpu().numpy()
-        slots = np.asarray(slots)
         self._columns.patch(self._growth.advance(slots))
 
     def _plan(self, segments: Segments) -> UnitPlan:

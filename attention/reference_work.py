@@ -1,9 +1,13 @@
 """A plan for the float64 reference: what it reads of the source is what every run reads."""
 
+from typing import Any
+
+import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
 from attention.counting import tokens_per_path
+from attention.errors import PlanExhausted
 from attention.explain import WorkSummary
 from attention.forest import ForestArrays
 from attention.node_sets import NodeSets
@@ -58,3 +62,7 @@ class ReferenceWork:
             kv_tokens_loaded=tokens_per_path(self.problem, self.segments),
             partials=0,
         )
+
+    def advance(self, slots: npt.NDArray[Any]) -> None:
+        """Raise PlanExhausted: this backend reserves no room."""
+        raise PlanExhausted(f"the backend {self.name!r} makes a new plan for each step")

@@ -78,3 +78,26 @@ def costs(problem: Problem, device: Device) -> Costs:
         partial=2 * partial_bytes / device.l2_bytes_per_us,
         launch=device.launch_us,
     )
+
+
+def predict(
+    costs: Costs,
+    *,
+    unique: int,
+    loaded: int,
+    row_lanes: int,
+    partials: int,
+    launches: int,
+) -> float:
+    """Seconds of one layer: what takes longer, memory or arithmetic, and what comes on top.
+
+    Args:
+        unique: KV tokens that are loaded at all; the first time each comes from memory.
+        loaded: KV tokens loaded, one as often as it is.
+        row_lanes: rows of tiles times lanes of units, padding included.
+        partials: results that are written to be merged.
+        launches: kernels.
+    """
+    memory = unique * costs.load + max(loaded - unique, 0) * costs.reload
+    busy = max(memory, row_lanes * costs.pair) + partials * costs.partial
+    return (busy + launches * costs.launch) * 1e-6

@@ -64,8 +64,8 @@ def piece_columns(segments: Segments, pieces: Pieces) -> PieceColumns:
         length=pieces.length,
         first_block=segments.first_block[of],
         position=segments.start[of] + pieces.begin,
-        row_begin=segments.row_begin[of],
-        row_end=segments.row_end[of],
+        row_begin=pieces.row_begin,
+        row_end=pieces.row_end,
         scale=None if temperature is None else 1 / temperature[of],
         bias=None if log_weight is None else log_weight[of],
     )

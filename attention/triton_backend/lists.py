@@ -27,6 +27,7 @@ class Pieces(NamedTuple):
         segment: int64 [P].
         begin: int64 [P], the first token, counted from the segment's first.
         length: int64 [P], tokens; 0 in tails that nothing was written to yet.
+        row_begin, row_end: int64 [P], rows that attend to it.
         log2_width: int64 [P], of the piece's entries.
         entry, entries: int64 [P], its first entry and how many it has.
     """
@@ -34,6 +35,8 @@ class Pieces(NamedTuple):
     segment: Int64Array
     begin: Int64Array
     length: Int64Array
+    row_begin: Int64Array
+    row_end: Int64Array
     log2_width: Int64Array
     entry: Int64Array
     entries: Int64Array
@@ -109,7 +112,16 @@ def tile_lists(
     spare = np.cumsum((rows.end - rows.begin) * reserve)
     before_list = np.append(0, spare[:-1])
     entry = np.cumsum(entries) - entries + before_list[parts.list]
-    pieces = Pieces(parts.segment, parts.begin, parts.length, shift, entry, entries)
+    pieces = Pieces(
+        segment=parts.segment,
+        begin=parts.begin,
+        length=parts.length,
+        row_begin=segments.row_begin[parts.segment],
+        row_end=segments.row_end[parts.segment],
+        log2_width=shift,
+        entry=entry,
+        entries=entries,
+    )
 
     of_list = _sums(parts.list, entries, num_lists)
     list_begin = np.cumsum(of_list) - of_list + before_list

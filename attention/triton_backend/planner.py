@@ -23,12 +23,14 @@ class Shape(NamedTuple):
 
     Attributes:
         lean_rows, fat_rows: rows of the two kinds of tiles; equal: there is only one.
+        block_n: lanes that a lean tile's kernel takes in a step, a power of two.
         programs: units that run at once, of one KV head.
         costs: of the problem on the device.
     """
 
     lean_rows: int
     fat_rows: int
+    block_n: int
     programs: int
     costs: Costs
 

@@ -154,7 +154,10 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
     if fewest == fat.block_m:
         return Tiles(heads, fat, fat, fat)
     lean_tokens = min(128, max(32, power_of_two_up_to(32 * _KIB // token_bytes)))
-    lean = tile(fewest, lean_tokens, 4, half)
+    if value_dim > 256:  # too wide for two programs
+        lean = tile(fewest, lean_tokens, 8, limits.shared)
+    else:
+        lean = tile(fewest, lean_tokens, 4, half)
     if wide:
         return Tiles(heads, lean, fat, fat)
     return Tiles(heads, lean, fat, tile(max(fewest, 64), 64, 4, half))

@@ -1,16 +1,20 @@
 """What the Triton backend makes of segments: a schedule on the device, which can grow in place."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
+from attention.counting import pairs_seen, tokens_per_path, tokens_read
 from attention.errors import PlanExhausted, PlanFull, PlanMismatch
+from attention.explain import WorkSummary
 from attention.options import RunOptions
 from attention.problem import Problem
 from attention.segments import Segments
 from attention.triton_backend.buffers import Columns, Values
-from attention.triton_backend.cost import costs, device_of
+from attention.triton_backend.cost import costs, device_of, predict
 from attention.triton_backend.entries import (
     EntryColumns,
     PieceColumns,
@@ -19,6 +23,7 @@ from attention.triton_backend.entries import (
 )
 from attention.triton_backend.expand import expand_on_device
 from attention.triton_backend.growth import Growth
+from attention.triton_backend.invariant import make_invariant_plan
 from attention.triton_backend.planner import (
     MergeColumns,
     Shape,
@@ -46,8 +51,15 @@ def shape_of(problem: Problem) -> Shape:
         processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
     device = device_of(arch_of(problem.device), processors)
     programs = max(1, device.processors * OCCUPANCY // problem.num_kv_heads)
+    lean, fat = tiles.lean, tiles.fat
+    if problem.batch_invariant:
+        lean = fat = tiles.invariant
     return Shape(
-        tiles.lean.rows_per_tile, tiles.fat.rows_per_tile, programs, costs(problem, device)
+        lean_rows=lean.rows_per_tile,
+        fat_rows=fat.rows_per_tile,
+        block_n=lean.block_n,
+        programs=programs,
+        costs=costs(problem, device),
     )
 
 
@@ -79,11 +91,12 @@ class TritonWork:
             PlanMismatch: the kernels do not compute the problem, or reserve is not 0 and a
                 sequence has another number of queries than one.
         """
-        _check_reserve(segments, reserve)
+        _check_reserve(problem, segments, reserve)
         self.problem = problem
         self._reserve = reserve
         self._shape = shape_of(problem) if shape is None else shape
-        plan = make_plan(problem, segments, self._shape, reserve)
+        self._segments = segments
+        self._made = plan = self._plan(segments)
         self._columns = _make_columns(problem, plan)
         self._kinds = tuple(plan.units)
         self.schedule = _schedule(self._columns, self._kinds, plan)
@@ -108,6 +121,42 @@ class TritonWork:
             loaded += int((tokens[end] - tokens[begin]).sum())
         return loaded
 
+    def summary(self) -> WorkSummary:
+        """The units by kind of tile; predictions are those of `cost`, not tuned on hardware."""
+        plan, costs = self._made, self._shape.costs
+        unique = tokens_read(self.problem, self._segments)
+        per_path = tokens_per_path(self.problem, self._segments)
+        pairs = pairs_seen(self.problem, self._segments)
+        loaded, partials = self.kv_tokens_loaded, plan.num_partials
+        row_lanes = sum(
+            rows_per_tile * int((units.entry_end - units.entry_begin << units.log2_width).sum())
+            for rows_per_tile, units in plan.units.items()
+        )
+        return WorkSummary(
+            units=tuple(
+                (f"tiles of {rows_per_tile} rows", len(units.ordinal))
+                for rows_per_tile, units in plan.units.items()
+            ),
+            kv_tokens_loaded=loaded,
+            partials=partials,
+            predicted_seconds=predict(
+                costs,
+                unique=unique,
+                loaded=loaded,
+                row_lanes=row_lanes,
+                partials=partials,
+                launches=len(plan.units) + (partials > 0),
+            ),
+            predicted_seconds_unshared=predict(
+                costs,
+                unique=unique,
+                loaded=per_path,
+                row_lanes=max(pairs, per_path * self._shape.lean_rows),
+                partials=0,
+                launches=1,
+            ),
+        )
+
     def update(self, segments: Segments) -> None:
         """Plan for other segments in the same tensors.
 
@@ -115,16 +164,18 @@ class TritonWork:
             PlanMismatch: as when the work was made.
             PlanFull: they do not fit. The schedule is left as it was.
         """
-        _check_reserve(segments, self._reserve)
+        _check_reserve(self.problem, segments, self._reserve)
         # What has columns must be written.
         ones = np.ones(len(segments.length), np.float32)
         if self.schedule.entries.scale is not None and segments.temperature is None:
             segments = segments._replace(temperature=ones)
         if self.schedule.entries.bias is not None and segments.log_weight is None:
             segments = segments._replace(log_weight=ones - 1)
-        self._write(make_plan(self.problem, segments, self._shape, self._reserve))
+        plan = self._plan(segments)
+        self._write(plan)
+        self._segments, self._made = segments, plan
 
-    def advance(self, slots: npt.ArrayLike | torch.Tensor) -> None:
+    def advance(self, slots: npt.NDArray[Any]) -> None:
         """Let every sequence grow by one token, and its query move on to it.
 
         Args:
@@ -138,10 +189,12 @@ class TritonWork:
             raise PlanExhausted(
                 f"the plan has been advanced {self._reserve} times, all that it reserved room for"
             )
-        if isinstance(slots, torch.Tensor):
-            slots = slots.cpu().numpy()
-        slots = np.asarray(slots)
         self._columns.patch(self._growth.advance(slots))
+
+    def _plan(self, segments: Segments) -> UnitPlan:
+        if self.problem.batch_invariant:
+            return make_invariant_plan(self.problem, segments, self._shape)
+        return make_plan(self.problem, segments, self._shape, self._reserve)
 
     def _write(self, plan: UnitPlan) -> None:
         """Write a plan to the columns, or raise PlanFull and change nothing."""
@@ -170,6 +223,8 @@ class TritonWork:
             values[f"{_units(kind)}.size"] = np.array([size])
         pieces = piece_columns(segments, plan.pieces)
         columns.check(dict.fromkeys(_entry_names(segments), plan.num_entries))
+        # No piece has the entries that batch-invariant plans leave empty between pieces.
+        self.schedule.entries.length.zero_()
         if "pieces.entry" in columns:
             columns.write(values | _named("pieces", pieces) | {"blocks": segments.blocks})
             expand_on_device(
@@ -272,9 +327,11 @@ def _with_room(size: int) -> int:
     return size + size // 4 + -(size + size // 4) % 64
 
 
-def _check_reserve(segments: Segments, reserve: int) -> None:
+def _check_reserve(problem: Problem, segments: Segments, reserve: int) -> None:
     if reserve < 0:
         raise PlanMismatch(f"reserve is {reserve}, expected at least 0")
+    if reserve and problem.batch_invariant:
+        raise PlanMismatch(f"reserve is {reserve}, expected 0 in a batch-invariant plan")
     queries, rows = segments.num_queries, len(segments.query)
     if reserve and not queries == rows == len(segments.run_end):
         raise PlanMismatch(

@@ -29,7 +29,9 @@ windows = st.none() | st.sampled_from((1, 2, 9, 33, 100))
 def shapes(draw: st.DrawFn) -> Shape:
     lean = draw(st.sampled_from((1, 2, 4)))
     fat = lean * draw(st.sampled_from((1, 2, 3, 8)))
-    return Shape(lean, fat, draw(st.sampled_from((1, 4, 1000))), draw(st.sampled_from((FAT, LEAN))))
+    return Shape(
+        lean, fat, 8, draw(st.sampled_from((1, 4, 1000))), draw(st.sampled_from((FAT, LEAN)))
+    )
 
 
 def problem_of(window: int | None = None, sink_tokens: int = 0) -> Problem:
@@ -136,7 +138,7 @@ def test_under_one_tile_each_token_is_read_once(
     segments = segments_of(forest[0])
     rows = len(segments.position)
     problem = problem_of(window, sink_tokens)
-    for shape in (Shape(rows, rows, 1, LEAN), Shape(rows, 2 * rows, 4, FAT)):
+    for shape in (Shape(rows, rows, 8, 1, LEAN), Shape(rows, 2 * rows, 8, 4, FAT)):
         work = TritonWork(problem, segments, shape=shape)
         reads = check(work, segments, forest[1])
         assert reads.max() == 1

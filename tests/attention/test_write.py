@@ -1,5 +1,6 @@
 """Writing K and V to slots: torch operations and the kernel, held to a loop over the tokens."""
 
+import functools
 import importlib.util
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -70,18 +71,18 @@ def writes(draw: st.DrawFn) -> Write:
             case "transposed":
                 x = x.transpose(0, 2).contiguous().transpose(0, 2)
         values.append(x.to(dtype))
-        shape = (num_blocks, block_size, heads, dim)
+        # Behind the blocks lies one more, that is none of the cache's.
+        behind, zeros = num_blocks + 1, functools.partial(torch.zeros, dtype=cache_dtype)
         match by:
             case "NHD":
-                cache = torch.zeros(shape, dtype=cache_dtype)
+                cache = zeros(behind, block_size, heads, dim)
             case "HND":
-                cache = torch.zeros(num_blocks, heads, block_size, dim, dtype=cache_dtype)
-                cache = cache.transpose(1, 2)
+                cache = zeros(behind, heads, block_size, dim).transpose(1, 2)
             case "interleaved":
-                cache = torch.zeros(num_blocks, 2, block_size, heads, dim, dtype=cache_dtype)[:, 1]
+                cache = zeros(behind, 2, block_size, heads, dim)[:, 1]
             case _:
-                cache = torch.zeros(shape[::-1], dtype=cache_dtype).permute(3, 2, 1, 0)
-        caches.append(cache)
+                cache = zeros(dim, heads, block_size, behind).permute(3, 2, 1, 0)
+        caches.append(cache[:num_blocks])
         scale = torch.rand(draw(st.sampled_from(((heads,), (1,), ()))), generator=generator) + 0.1
         scales.append(draw(st.sampled_from((None, scale))))
     slots = slots.to(draw(st.sampled_from((torch.int64, torch.int32))))
@@ -118,6 +119,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
 
 
+def bytes_set(tensor: torch.Tensor) -> int:
+    return int(tensor.contiguous().view(torch.uint8).count_nonzero())
+
+
 @pytest.mark.parametrize("writer", WRITERS)
 @given(writes())
 @settings(max_examples=60)
@@ -130,6 +135,8 @@ def test_the_bits_that_are_written(writer: str, write: Write) -> None:
             torch.testing.assert_close(cache, expected_cache, rtol=2**-7, atol=0)
         else:
             assert same_bits(cache, expected_cache)
+        everything = torch.tensor([], dtype=cache.dtype).set_(cache.untyped_storage())
+        assert bytes_set(everything) == bytes_set(cache)
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -103,7 +103,7 @@ import attention
 forest = attention.Forest(4, *map(numpy.array, ([-1], [0], [3], [0], [0, 1], [0], [0], [1])))
 plan = attention.plan(forest, num_q_heads=1, num_kv_heads=1, head_dim=8, dtype=torch.float32)
 kv = torch.ones(1, 4, 1, 8)
-attention.write(kv[0, :3], kv[0, :3], kv, kv, torch.arange(3))
+attention.write(torch.ones(3, 1, 8), torch.ones(3, 1, 8), kv, kv, torch.arange(3))
 attention.run(plan, torch.ones(1, 1, 8), kv, kv)
 print('triton' in sys.modules)
 """

@@ -88,7 +88,10 @@ def segments_of(
 
 def _of_forest(forest: ForestArrays) -> Segments:
     order = depth_first(forest)
-    node = np.flatnonzero(order.end > order.begin)
+    node, begin, end, depth = order.node, order.begin, order.end, order.depth
+    used = begin < end
+    if np.count_nonzero(used) < len(used):
+        node, begin, end, depth = node[used], begin[used], end[used], depth[used]
     return Segments(
         block_size=forest.block_size,
         blocks=forest.blocks,
@@ -97,13 +100,13 @@ def _of_forest(forest: ForestArrays) -> Segments:
         position=order.position,
         run_end=order.sequence_end,
         node=node,
-        start=forest.start[node],
-        length=forest.length[node],
-        offset=forest.offset[node].astype(np.int64),
-        first_block=forest.block_ptr[node],
-        row_begin=order.begin[node],
-        row_end=order.end[node],
-        round=order.depth[node],
+        start=forest.start.take(node),
+        length=forest.length.take(node),
+        offset=forest.offset.take(node).astype(np.int64),
+        first_block=forest.block_ptr.take(node),
+        row_begin=begin,
+        row_end=end,
+        round=depth,
         temperature=None,
         log_weight=None,
     )

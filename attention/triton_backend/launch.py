@@ -9,7 +9,13 @@ from attention.options import RunOptions
 from attention.problem import Problem
 from attention.triton_backend.merge import merge
 from attention.triton_backend.segment import segment
-from attention.triton_backend.tiles import Tiles, power_of_two_from, split_dim, tiles_for
+from attention.triton_backend.tiles import (
+    arch_of,
+    converts_float8,
+    power_of_two_from,
+    split_dim,
+    tiles_for,
+)
 from attention.triton_backend.units import Schedule, Units
 
 _PARTS = 4  # partials that a step of a merge loads
@@ -28,7 +34,7 @@ def launch(
     Nothing is copied to or waited for by the host, and grids depend on capacities alone: can be
     captured in a CUDA graph.
     """
-    tiles = tiles_for(problem)
+    arch = arch_of(problem.device)
     heads, value_dim = problem.num_q_heads, problem.value_head_dim
     f32 = {"dtype": torch.float32, "device": q.device}
     result = Partial(q.new_empty(len(q), heads, value_dim), torch.empty(len(q), heads, **f32))
@@ -38,54 +44,56 @@ def launch(
     )
     with torch.cuda.device_of(q):
         for units in schedule.units:
-            if grid := segment_grid(problem, tiles, units):
+            if grid := segment_grid(problem, units, arch):
+                tensors = (q, k_cache, v_cache, result, parts)
                 segment[grid](
-                    **segment_arguments(
-                        problem, tiles, schedule, units, q, k_cache, v_cache, options, result, parts
-                    )
+                    **segment_arguments(problem, schedule, units, *tensors, options, arch)
                 )
         if grid := merge_grid(problem, schedule):
             merge[grid](**merge_arguments(problem, schedule, result, parts))
     return result
 
 
-def segment_grid(problem: Problem, tiles: Tiles, units: Units) -> tuple[int] | None:
+def segment_grid(problem: Problem, units: Units, arch: str) -> tuple[int] | None:
     """Programs of the segment kernel, None for none."""
-    programs = len(units.row_begin) * problem.num_kv_heads * -(-problem.group // tiles.heads)
+    programs = (
+        len(units.row_begin)
+        * problem.num_kv_heads
+        * -(-problem.group // tiles_for(problem, arch).heads)
+    )
     return (programs,) if programs else None
 
 
 def segment_arguments(
     problem: Problem,
-    tiles: Tiles,
     schedule: Schedule,
     units: Units,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    options: RunOptions,
     result: Partial,
     parts: Partial,
+    options: RunOptions,
+    arch: str,
 ) -> dict[str, Any]:
     """What the segment kernel is called with."""
+    tiles = tiles_for(problem, arch)
     tile = tiles.of(problem, units.rows_per_tile)
     d1, d2 = split_dim(problem.head_dim)
     v1, v2 = split_dim(problem.value_head_dim)
-    k_block, k_head, k_slot = k_cache.stride()[:3]
-    v_block, v_head, v_slot = v_cache.stride()[:3]
-    if problem.layout == "NHD":
-        k_head, k_slot = k_slot, k_head
-        v_head, v_slot = v_slot, v_head
+    k_strides = _strides(problem, k_cache)
+    v_strides = _strides(problem, v_cache)
+    alike = v_strides == k_strides
     rows, entries = schedule.rows, schedule.entries
     in_keys = (
-        v_cache.data_ptr() == k_cache.data_ptr()
-        and (v_block, v_head, v_slot) == (k_block, k_head, k_slot)
+        alike
+        and v_cache.data_ptr() == k_cache.data_ptr()
         and problem.value_head_dim in (d1, problem.head_dim)
     )
     return {
         "q": q,
-        "k_cache": _stored(k_cache),
-        "v_cache": None if in_keys else _stored(v_cache),
+        "k_cache": _stored(k_cache, arch),
+        "v_cache": None if in_keys else _stored(v_cache, arch),
         "out": result.o,
         "lse": result.lse,
         "part_o": parts.o,
@@ -117,12 +125,8 @@ def segment_arguments(
         "sink_tokens": problem.sink_tokens,
         "q_stride_query": q.stride(0),
         "q_stride_head": q.stride(1),
-        "k_stride_block": k_block,
-        "k_stride_slot": k_slot,
-        "k_stride_head": k_head,
-        "v_stride_block": v_block,
-        "v_stride_slot": v_slot,
-        "v_stride_head": v_head,
+        **{f"k_stride_{of}": stride for of, stride in k_strides.items()},
+        **{f"v_stride_{of}": None if alike else stride for of, stride in v_strides.items()},
         "k_scale_stride": _stride(options.k_scale),
         "v_scale_stride": _stride(options.v_scale),
         "NUM_KV_HEADS": problem.num_kv_heads,
@@ -179,17 +183,17 @@ def _merge_shape(problem: Problem) -> tuple[int, int]:
     return max(1, min(power_of_two_from(problem.num_q_heads), 512 // columns)), columns
 
 
+def _strides(problem: Problem, cache: torch.Tensor) -> dict[str, int]:
+    of = ("block", "slot", "head") if problem.layout == "NHD" else ("block", "head", "slot")
+    return dict(zip(of, cache.stride()[:3], strict=True))
+
+
 def _stride(per_head: torch.Tensor | None) -> int:
     return 0 if per_head is None or per_head.numel() == 1 else per_head.stride(0)
 
 
-def _stored(cache: torch.Tensor) -> torch.Tensor:
-    """The cache as the kernel takes it: float8_e4m3fn as bytes where the GPU cannot convert it."""
-    if (
-        cache.dtype == torch.float8_e4m3fn
-        and cache.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(cache.device) < (8, 9)
-    ):
+def _stored(cache: torch.Tensor, arch: str) -> torch.Tensor:
+    """The cache as the kernel takes it: float8_e4m3fn as bytes where it cannot be converted."""
+    if cache.dtype == torch.float8_e4m3fn and not converts_float8(arch):
         return cache.view(torch.uint8)
     return cache

@@ -68,7 +68,7 @@ class Columns:
             self._array[begin : begin + len(values)] = _as_int32(values)
         if self._host is not self._tensor:
             self._tensor[: self._staged].copy_(self._host, non_blocking=True)
-            self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._uploaded = torch.cuda.Event()
             self._uploaded.record()
 
     def patch(self, changes: list[Change]) -> None:

@@ -31,11 +31,11 @@ class Device(NamedTuple):
 # Memory and matrix rates: NVIDIA A100, H100 SXM and B200 and AMD MI300X and MI355X data sheets. The
 # second-level caches of A100 and H100 were measured at about 2 to 2.5 times the memory's rate.
 _DEVICES = {
-    "sm_80": Device(2.0e6, 4.5e6, 312e6, 4.0, 108),
-    "sm_90": Device(3.35e6, 7.0e6, 990e6, 4.0, 132),
-    "sm_100": Device(8.0e6, 14.0e6, 2250e6, 4.0, 148),
-    "gfx942": Device(5.3e6, 10.0e6, 1300e6, 6.0, 304),
-    "gfx950": Device(8.0e6, 12.0e6, 2500e6, 6.0, 256),
+    "sm_80": Device(2.0e6, 4.5e6, 312e6, 2.5, 108),
+    "sm_90": Device(3.35e6, 7.0e6, 990e6, 2.5, 132),
+    "sm_100": Device(8.0e6, 14.0e6, 2250e6, 2.5, 148),
+    "gfx942": Device(5.3e6, 10.0e6, 1300e6, 4.0, 304),
+    "gfx950": Device(8.0e6, 12.0e6, 2500e6, 4.0, 256),
 }
 
 

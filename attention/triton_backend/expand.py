@@ -1,7 +1,5 @@
 """Entries from pieces, on a GPU: the host has nothing to do for each block of the KV."""
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +69,7 @@ def _expand(
 ):
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # The last piece that begins at or before each entry, by halving.
-    piece = tl.zeros([BLOCK], tl.int32)
+    piece = tl.full([BLOCK], 0, tl.int32)
     behind = piece + num_pieces
     for _ in range(STEPS):
         middle = (piece + behind) // 2

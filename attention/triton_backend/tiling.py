@@ -64,7 +64,7 @@ def read_apart(
     saved = np.bincount(tree, shared * (lean_reads - fat_reads) * length) * costs.reload
     saved -= np.add.reduceat(both, tree_begin, dtype=np.int64) * 2 * costs.partial
     pays = saved >= (1 - WORTHWHILE) * alone
-    if saved[pays].sum() < costs.launch:
+    if saved[pays].sum() < 2 * costs.launch:  # of the second kind of tiles, and of the merge
         return None
     apart: BoolArray = shared & pays[tree]
     return apart

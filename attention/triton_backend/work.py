@@ -24,6 +24,7 @@ from attention.triton_backend.entries import (
 from attention.triton_backend.expand import expand_on_device
 from attention.triton_backend.growth import Growth
 from attention.triton_backend.invariant import make_invariant_plan
+from attention.triton_backend.launch import launch
 from attention.triton_backend.planner import (
     MergeColumns,
     Shape,
@@ -106,8 +107,6 @@ class TritonWork:
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial:
         """Attention of all queries in the packed order: o in q's dtype, and lse."""
-        from attention.triton_backend.launch import launch
-
         return launch(self.problem, self.schedule, q, k_cache, v_cache, options)
 
     @property

@@ -1,5 +1,6 @@
 """Runs a schedule on the tensors of one layer: the segment kernel once a tile, then the merge."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,34 +35,47 @@ def launch(
     Nothing is copied to or waited for by the host, and grids depend on capacities alone: can be
     captured in a CUDA graph.
     """
-    arch = arch_of(problem.device)
     heads, value_dim = problem.num_q_heads, problem.value_head_dim
-    f32 = {"dtype": torch.float32, "device": q.device}
-    result = Partial(q.new_empty(len(q), heads, value_dim), torch.empty(len(q), heads, **f32))
+    result = Partial(q.new_empty(len(q), heads, value_dim), _empty(q, len(q), heads))
     parts = Partial(
-        torch.empty(schedule.num_partials, heads, value_dim, **f32),
-        torch.empty(schedule.num_partials, heads, **f32),
+        _empty(q, schedule.num_partials, heads, value_dim), _empty(q, schedule.num_partials, heads)
     )
-    with torch.cuda.device_of(q):
-        for units in schedule.units:
-            if grid := segment_grid(problem, units, arch):
-                tensors = (q, k_cache, v_cache, result, parts)
-                segment[grid](
-                    **segment_arguments(problem, schedule, units, *tensors, options, arch)
-                )
-        if grid := merge_grid(problem, schedule):
-            merge[grid](**merge_arguments(problem, schedule, result, parts))
+    launch_into(result, parts, problem, schedule, q, k_cache, v_cache, options)
     return result
 
 
-def segment_grid(problem: Problem, units: Units, arch: str) -> tuple[int] | None:
-    """Programs of the segment kernel, None for none."""
-    programs = (
-        len(units.row_begin)
-        * problem.num_kv_heads
-        * -(-problem.group // tiles_for(problem, arch).heads)
-    )
-    return (programs,) if programs else None
+def launch_into(
+    result: Partial,
+    parts: Partial,
+    problem: Problem,
+    schedule: Schedule,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    options: RunOptions,
+) -> None:
+    """As `launch`, into contiguous tensors of the caller.
+
+    Args:
+        result: o [num_queries, num_q_heads, value_head_dim] in q's dtype, lse float32.
+        parts: o [num_partials, num_q_heads, value_head_dim] and lse, both float32.
+    """
+    arch = arch_of(problem.device)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        for units in schedule.units:
+            if programs := segment_programs(problem, units, arch):
+                tensors = (q, k_cache, v_cache, result, parts)
+                segment[programs,](
+                    **segment_arguments(problem, schedule, units, *tensors, options, arch)
+                )
+        if programs := merge_programs(problem, schedule):
+            merge[programs,](**merge_arguments(problem, schedule, result, parts))
+
+
+def segment_programs(problem: Problem, units: Units, arch: str) -> int:
+    """Programs of the segment kernel: of each unit, KV head, and part of its query heads."""
+    splits = -(-problem.group // tiles_for(problem, arch).heads)
+    return len(units.row_begin) * problem.num_kv_heads * splits
 
 
 def segment_arguments(
@@ -146,11 +160,10 @@ def segment_arguments(
     }
 
 
-def merge_grid(problem: Problem, schedule: Schedule) -> tuple[int, int] | None:
-    """Programs of the merge kernel, None for none."""
-    results = len(schedule.merges.query)
+def merge_programs(problem: Problem, schedule: Schedule) -> int:
+    """Programs of the merge kernel: of each result and a few heads."""
     heads, _ = _merge_shape(problem)
-    return (results, -(-problem.num_q_heads // heads)) if results else None
+    return len(schedule.merges.query) * -(-problem.num_q_heads // heads)
 
 
 def merge_arguments(
@@ -181,6 +194,10 @@ def _merge_shape(problem: Problem) -> tuple[int, int]:
     """Query heads and columns of a program: 512 numbers of a partial, 16 bytes a thread."""
     columns = power_of_two_from(problem.value_head_dim)
     return max(1, min(power_of_two_from(problem.num_q_heads), 512 // columns)), columns
+
+
+def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _strides(problem: Problem, cache: torch.Tensor) -> dict[str, int]:

@@ -1,7 +1,9 @@
 """Attention over a forest of shared KV: plan once a step, run once a layer."""
 
 from attention.algebra import IDENTITY, Partial, merge, scan
+from attention.drafts import draft_trees
 from attention.errors import InvalidForest, PlanMismatch
+from attention.explain import Explanation
 from attention.forest import Forest, ForestArrays
 from attention.node_sets import NodeSets
 from attention.plan import Plan, plan
@@ -10,6 +12,7 @@ from attention.running import run
 
 __all__ = [
     "IDENTITY",
+    "Explanation",
     "Forest",
     "ForestArrays",
     "InvalidForest",
@@ -18,6 +21,7 @@ __all__ = [
     "Plan",
     "PlanMismatch",
     "attend",
+    "draft_trees",
     "merge",
     "plan",
     "run",

@@ -1,6 +1,7 @@
 """Attention over a forest of shared KV: plan once a step, run once a layer."""
 
 from attention.algebra import IDENTITY, Partial, merge, scan
+from attention.block_tables import forest_from_block_tables
 from attention.drafts import draft_trees
 from attention.errors import InvalidForest, PlanMismatch
 from attention.explain import Explanation
@@ -22,6 +23,7 @@ __all__ = [
     "PlanMismatch",
     "attend",
     "draft_trees",
+    "forest_from_block_tables",
     "merge",
     "plan",
     "run",

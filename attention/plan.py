@@ -110,7 +110,7 @@ def plan(
         PlanMismatch: an argument is outside what is said above.
 
     Host work in O(nodes log nodes + blocks + queries of all work items), vectorised: Python loops
-    over levels and batched calls only.
+    over batched calls and the members of node sets only.
     """
     problem = Problem(
         num_q_heads=num_q_heads,

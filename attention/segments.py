@@ -22,6 +22,10 @@ FloatArray = npt.NDArray[np.floating]
 class Segments(NamedTuple):
     """M segments of one or more tokens each, and R rows.
 
+    Segments ascend by `row_begin`. Those of a forest stand in depth-first preorder, so that a
+    subtree is consecutive and an ancestor before its descendants; those of node sets by position
+    and node, each beginning where the one before it ends.
+
     Attributes:
         block_size: tokens a block holds.
         blocks: int32, block ids of all nodes.

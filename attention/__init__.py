@@ -1,6 +1,8 @@
 """Attention over a forest of shared KV: plan once a step, run once a layer."""
 
 from attention.algebra import IDENTITY, Partial, merge, scan
+from attention.block_tables import forest_from_block_tables
+from attention.drafts import draft_trees
 from attention.errors import (
     InvalidForest,
     InvalidSlots,
@@ -8,6 +10,7 @@ from attention.errors import (
     UnsupportedBackend,
     WriteMismatch,
 )
+from attention.explain import Explanation
 from attention.forest import Forest, ForestArrays
 from attention.node_sets import NodeSets
 from attention.plan import Plan, plan
@@ -17,6 +20,7 @@ from attention.write import write
 
 __all__ = [
     "IDENTITY",
+    "Explanation",
     "Forest",
     "ForestArrays",
     "InvalidForest",
@@ -28,6 +32,8 @@ __all__ = [
     "UnsupportedBackend",
     "WriteMismatch",
     "attend",
+    "draft_trees",
+    "forest_from_block_tables",
     "merge",
     "plan",
     "run",

@@ -155,7 +155,7 @@ def plan(
         UnsupportedBackend: the backend asked for cannot run this.
 
     Host work in O(nodes log nodes + blocks + queries of all work items), vectorised: Python loops
-    over levels and batched calls only.
+    over batched calls and the members of node sets only.
     """
     problem = Problem(
         num_q_heads=num_q_heads,

@@ -61,8 +61,11 @@ def assert_depth_first(forest: Forest) -> None:
 def test_order_of_any_forest(built: tuple[Forest, int]) -> None:
     forest, _ = built
     assert_depth_first(forest)
-    # The same sequences, all of them decoding.
-    assert_depth_first(with_sequences(forest, [(leaf, 1) for leaf in forest.leaf.tolist()]))
+    # The same sequences, all of them decoding, or with two queries at most.
+    path_len = forest.start + forest.length
+    for most in (1, 2):
+        sequences = [(leaf, min(most, path_len[leaf])) for leaf in forest.leaf.tolist()]
+        assert_depth_first(with_sequences(forest, sequences))
 
 
 @pytest.mark.parametrize("shape", LARGE)

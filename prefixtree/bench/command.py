@@ -8,6 +8,7 @@ HELP = "measure prefixtree on this machine"
 
 BENCHMARKS = {
     "cache": "prefixtree.bench.cache_command",
+    "attention": "prefixtree.bench.attention_command",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from tqdm import tqdm
 
 from prefixtree.bench import attention_report, report
-from prefixtree.bench.cache import UnusableInput, require_writable
-from prefixtree.bench.clocks import Ceilings, measure_ceilings
+from prefixtree.bench.clocks import Ceilings, TensorClock, measure_ceilings
 from prefixtree.bench.compare import Measured, geometric_means, makers_for, measure_shapes
 from prefixtree.bench.measure import Rounds
 from prefixtree.bench.shapes import Shape, UnknownSuite, shapes_of
+from prefixtree.bench.usable import UnusableInput, require_writable, write_figures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUFFIXES_OF_QUICK = (" + 0", " + 128", " + 512")
@@ -62,6 +61,7 @@ def measure_attention(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    clock: TensorClock,
     rounds: Rounds,
     flex_seconds: float,
     json_file: Path | None,
@@ -72,16 +72,14 @@ def measure_attention(
     Raises UnusableInput for files that cannot be written.
     """
     require_writable(json_file, plot_file)
-    ceilings = measure_ceilings(device, dtype)
+    ceilings = measure_ceilings(device, dtype, clock)
     print(attention_report.heading(device, dtype, ceilings), flush=True)
     makers = makers_for(device, flex_seconds)
-    running = measure_shapes(shapes, makers, rounds, dtype, device)
+    running = measure_shapes(shapes, makers, clock, rounds, dtype, device)
     measured = list(tqdm(running, total=len(shapes), unit=" shapes", leave=False))
     print(attention_report.table(measured, ceilings))
     print("\n" + attention_report.summary(measured, ceilings))
-    if json_file is not None:
-        record = figures(measured, ceilings, device, dtype)
-        json_file.write_text(json.dumps(record, indent=1) + "\n")
+    write_figures(json_file, figures(measured, ceilings, device, dtype))
     if plot_file is not None:
         attention_report.plot(measured, ceilings, plot_file)
 

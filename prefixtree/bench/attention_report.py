@@ -127,6 +127,8 @@ def plot(measured: Sequence[Measured], ceilings: Ceilings, file: Path) -> None:
         axes.plot(range(len(mine)), floors, "_", color="black", label="floor")
         axes.set(yscale="log", ylabel="time / our time", title=suite)
         axes.grid(alpha=0.3, which="both", axis="y")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         labels = [f"{one.shape.name}, {one.shape.heads}" for one in mine]
         if len(labels) <= LABELLED:
             axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from prefixtree.bench.measure import CLOCKS, Clock
 
 Run = Callable[[], object]
 
@@ -22,16 +23,19 @@ class TensorClock(Protocol):
 
 
 class HostClock:
-    """Wall time. The processor's caches hold what they happen to hold."""
+    """By a clock of the host. The processor's caches hold what they happen to hold."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
     def ready(self, run: Run) -> tuple[Run, bool]:
         run()
         return run, False
 
     def time(self, run: Run) -> float:
-        began = time.perf_counter()
+        began = self._clock()
         run()
-        return (time.perf_counter() - began) * 1e3
+        return (self._clock() - began) / 1e6
 
 
 class CudaClock:
@@ -74,8 +78,9 @@ class CudaClock:
         return float(begin.elapsed_time(end))
 
 
-def clock_of(device: torch.device) -> TensorClock:
-    return CudaClock(device) if device.type == "cuda" else HostClock()
+def clock_of(device: torch.device, name: str = "wall") -> TensorClock:
+    """The device's own clock, or for the CPU one of `CLOCKS`."""
+    return CudaClock(device) if device.type == "cuda" else HostClock(CLOCKS[name])
 
 
 class Ceilings(NamedTuple):
@@ -95,7 +100,12 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(
-    device: torch.device, dtype: torch.dtype, *, copied: int | None = None, side: int | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: TensorClock,
+    *,
+    copied: int | None = None,
+    side: int | None = None,
 ) -> Ceilings:
     """Medians of five copies of `copied` bytes and of five products of matrices side x side.
 
@@ -104,7 +114,6 @@ def measure_ceilings(
     on_cuda = device.type == "cuda"
     copied = copied or (2 << 30 if on_cuda else 256 << 20)
     side = side or (8192 if on_cuda else 768)
-    clock = clock_of(device)
     source = torch.ones(copied // 4, device=device)
     target = torch.empty_like(source)
     copy_ms = _median_ms(clock, lambda: target.copy_(source))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prefixtree.bench.clocks import Ceilings, Run, TensorClock, clock_of
+from prefixtree.bench.clocks import Ceilings, Run, TensorClock
 from prefixtree.bench.contenders import (
     Contender,
     FlashPerLevel,
@@ -170,12 +170,12 @@ def measure_shape(
 def measure_shapes(
     shapes: Sequence[Shape],
     makers: Makers,
+    clock: TensorClock,
     rounds: Rounds,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[Measured]:
     """Shape after shape, each with tensors of its own that are gone before the next one's."""
-    clock = clock_of(device)
     for shape in shapes:
         yield measure_shape(shape, makers, clock, rounds, make_inputs(shape, dtype, device))
 

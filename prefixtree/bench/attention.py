@@ -85,13 +85,16 @@ def measure_attention(
 
 
 def figures(
-    measured: Sequence[Measured], ceilings: Ceilings, device: torch.device, dtype: torch.dtype
+    measured: Sequence[Measured],
+    ceilings: Ceilings | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Everything measured, for a JSON file."""
+    """Everything measured, for a JSON file; shapes only where the ceilings are known."""
     return {
         **report.machine(),
         **attention_report.setting(device, dtype),
-        "ceilings": ceilings._asdict(),
-        "shapes": [one.record(ceilings) for one in measured],
+        "ceilings": None if ceilings is None else ceilings._asdict(),
+        "shapes": [] if ceilings is None else [one.record(ceilings) for one in measured],
         "geometric_mean": geometric_means(measured),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import isnan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,8 +41,8 @@ class Outcome(NamedTuple):
         """For a JSON file."""
         return {
             "name": self.variant.name,
-            "error": self.error,
-            "lse_error": self.lse_error,
+            "error": None if isnan(self.error) else self.error,
+            "lse_error": None if isnan(self.lse_error) else self.lse_error,
             "wrong": self.wrong,
         }
 

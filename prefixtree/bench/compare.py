@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import exp, log
 from statistics import mean, median
 from time import perf_counter
@@ -108,17 +109,18 @@ class Measured(NamedTuple):
         }
 
 
-def makers_for(device: torch.device, flex_seconds: float) -> Makers:
-    """Every contender that may run on the device, ours first."""
+def makers_for(device: torch.device, flex_seconds: float, backend: str | None = None) -> Makers:
+    """Every contender that may run on the device, ours (by this backend) first."""
     allowance = Allowance(flex_seconds)
 
     def flex(inputs: Inputs) -> Contender:
         return Flex(inputs, allowance)
 
-    kinds: list[type[Contender]] = [Ours, OursUnshared, SdpaPerSequence, SdpaPadded, FlashPerLevel]
+    kinds: list[type[Contender]] = [SdpaPerSequence, SdpaPadded, FlashPerLevel]
     if device.type == "cuda":
         kinds += [FlashInferDecode, FlashInferCascade]
-    return {**{kind.name: kind for kind in kinds}, Flex.name: flex}
+    ours = {kind.name: partial(kind, backend=backend) for kind in (Ours, OursUnshared)}
+    return {**ours, **{kind.name: kind for kind in kinds}, Flex.name: flex}
 
 
 def measure_shape(
@@ -168,7 +170,7 @@ def measure_shape(
 
 
 def measure_shapes(
-    shapes: Sequence[Shape],
+    shapes: Iterable[Shape],
     makers: Makers,
     clock: TensorClock,
     rounds: Rounds,

@@ -6,7 +6,7 @@ made, which is not timed: it is measured at its best.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -46,8 +46,9 @@ class Ours:
     name: ClassVar[str] = "prefixtree"
     plans: ClassVar[bool] = True
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, backend: str | None = None) -> None:
         self.inputs = inputs
+        self.options: dict[str, Any] = {} if backend is None else {"backend": backend}
         self.forest = self._forest()
         self.plan()
 
@@ -63,6 +64,7 @@ class Ours:
             head_dim=shape.head_dim,
             dtype=self.inputs.dtype,
             device=self.inputs.device,
+            **self.options,
         )
 
     def run(self) -> torch.Tensor:

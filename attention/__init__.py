@@ -1,7 +1,7 @@
 """Attention over a forest of shared KV: plan once a step, run once a layer."""
 
 from attention.algebra import IDENTITY, Partial, merge, scan
-from attention.errors import InvalidForest, PlanMismatch
+from attention.errors import InvalidForest, PlanMismatch, UnsupportedBackend
 from attention.forest import Forest, ForestArrays
 from attention.node_sets import NodeSets
 from attention.plan import Plan, plan
@@ -17,6 +17,7 @@ __all__ = [
     "Partial",
     "Plan",
     "PlanMismatch",
+    "UnsupportedBackend",
     "attend",
     "merge",
     "plan",

@@ -7,3 +7,7 @@ class InvalidForest(ValueError):
 
 class PlanMismatch(ValueError):
     """The tensors given to a run are not the ones its plan was made for."""
+
+
+class UnsupportedBackend(ValueError):
+    """The backend asked for cannot run the plan; the message says what is missing."""

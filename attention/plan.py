@@ -6,11 +6,15 @@ from typing import Protocol
 import torch
 
 from attention.algebra import Partial
+from attention.backends import choose
 from attention.counting import tokens_per_path, tokens_read
+from attention.errors import InvalidForest
+from attention.explain import Explanation, WorkSummary, explain
 from attention.forest import ForestArrays
 from attention.node_sets import NodeSets
 from attention.options import RunOptions
 from attention.problem import Problem
+from attention.reference_work import ReferenceWork
 from attention.segments import FloatArray, Segments, segments_of
 from attention.torch_backend import TorchWork
 
@@ -23,6 +27,7 @@ class Work(Protocol):
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial: ...
+    def summary(self) -> WorkSummary: ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ class Plan:
         """Name of the backend that runs the plan."""
         return self.work.name
 
+    def explain(self) -> Explanation:
+        """What one layer takes and what sharing is worth; `print` it."""
+        return explain(self.problem, self.segments, self.backend, self.work.summary())
+
 
 def plan(
     source: ForestArrays | NodeSets,
@@ -80,6 +89,8 @@ def plan(
     temperature: FloatArray | None = None,
     log_weight: FloatArray | None = None,
     batch_invariant: bool = False,
+    backend: str | None = None,
+    num_blocks: int | None = None,
 ) -> Plan:
     """Plan the attention of a forest's queries over their paths.
 
@@ -93,15 +104,22 @@ def plan(
         value_head_dim: of values and results, head_dim by default.
         kv_dtype: of the caches: dtype by default, or torch.float8_e4m3fn or float8_e5m2.
         window: a query at position p sees the positions > p - window only; None: no limit.
-        sink_tokens: that many first positions are seen through every window.
+        sink_tokens: that many first positions are seen through every window; without one they
+            are seen anyway.
         temperature, log_weight: floats [N]: the logits of a node's tokens are divided by the one
             and the other is added to them, so that exp(log_weight) weighs the node (1 and 0 by
             default).
         batch_invariant: the results of a sequence have the same bits whatever else is planned.
+        backend: "triton" (kernels for CUDA of compute capability 8.0 and ROCm gfx9xx, or on the
+            CPU under TRITON_INTERPRET=1), "torch" (torch operations, any device) or "reference"
+            (float64, one query at a time, any device: what the others are held to). By default
+            the kernels where the device is a GPU that has one for these arguments, else "torch".
+        num_blocks: blocks of the caches, against which the source's block ids are then checked.
 
     Raises:
-        InvalidForest: the arrays of the source contradict each other.
+        InvalidForest: the arrays of the source contradict each other or `num_blocks`.
         PlanMismatch: an argument is outside what is said above.
+        UnsupportedBackend: the backend asked for cannot run this.
 
     Host work in O(nodes log nodes + blocks + queries of all work items), vectorised: Python loops
     over levels and batched calls only.
@@ -120,13 +138,38 @@ def plan(
         sink_tokens=sink_tokens,
         batch_invariant=batch_invariant,
     )
+    chosen = choose(backend, problem)
     segments = segments_of(source, temperature, log_weight)
-    work = TorchWork(problem, segments)
+    highest_block = int(segments.blocks.max())
+    if num_blocks is not None and highest_block >= num_blocks:
+        raise InvalidForest(
+            f"blocks has the id {highest_block}, expected ids from 0 to below {num_blocks}"
+        )
     return Plan(
         problem=problem,
         num_queries=segments.num_queries,
         block_size=segments.block_size,
-        min_num_blocks=int(segments.blocks.max()) + 1,
+        min_num_blocks=highest_block + 1,
         segments=segments,
-        work=work,
+        work=_work(chosen, problem, source, segments, temperature, log_weight),
     )
+
+
+def _work(
+    backend: str,
+    problem: Problem,
+    source: ForestArrays | NodeSets,
+    segments: Segments,
+    temperature: FloatArray | None,
+    log_weight: FloatArray | None,
+) -> Work:
+    match backend:
+        case "reference":
+            return ReferenceWork(problem, source, temperature, log_weight)
+        case "triton":
+            # Planning for torch needs no Triton.
+            from attention.triton_backend.work import TritonWork
+
+            return TritonWork(problem, segments)
+        case _:
+            return TorchWork(problem, segments)

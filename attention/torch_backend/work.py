@@ -3,6 +3,7 @@
 import torch
 
 from attention.algebra import Partial
+from attention.explain import WorkSummary
 from attention.options import RunOptions
 from attention.problem import Problem
 from attention.segments import Segments
@@ -27,6 +28,7 @@ class TorchWork:
             pair_flops=problem.pair_flops,
             viewable=problem.layout == "NHD",
         )
+        self._tokens_loaded = int(batches.items.kv_len.sum())
         self.groups = make_groups(
             segments,
             batches,
@@ -42,3 +44,11 @@ class TorchWork:
     ) -> Partial:
         """Attention of all queries in the packed order: o in q's dtype, and lse."""
         return execute(self.problem, self.groups, self.query_index, q, k_cache, v_cache, options)
+
+    def summary(self) -> WorkSummary:
+        """The batched calls; padding is no token, and nothing waits for a later merge."""
+        return WorkSummary(
+            units=(("work items", len(self.items.kv_len)), ("batched calls", len(self.groups))),
+            kv_tokens_loaded=self._tokens_loaded,
+            partials=0,
+        )

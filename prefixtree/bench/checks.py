@@ -100,7 +100,6 @@ def make_plan(
     device: torch.device,
     backend: str | None,
 ) -> attention.Plan:
-    options: dict[str, Any] = {} if backend is None else {"backend": backend}
     return attention.plan(
         forest,
         num_q_heads=variant.num_q_heads,
@@ -114,8 +113,8 @@ def make_plan(
         window=variant.window,
         sink_tokens=variant.sink_tokens,
         batch_invariant=variant.batch_invariant,
+        backend=backend,
         **node_options,
-        **options,
     )
 
 
@@ -169,19 +168,19 @@ def poisoned() -> Iterator[None]:
 def _reference(
     forest: Forest, variant: Variant, drawn: Drawn, node_options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """By `attention.attend` on the CPU, which is told only of what is asked for."""
-    options = {**node_options, **drawn.run_options, "sink_tokens": variant.sink_tokens or None}
-    given: dict[str, Any] = {
+    """By `attention.attend`, on the CPU."""
+    options: dict[str, Any] = {
         name: value.cpu() if isinstance(value, torch.Tensor) else value
-        for name, value in options.items()
-        if value is not None
+        for name, value in drawn.run_options.items()
     }
     return attention.attend(
         forest,
         *(tensor.cpu() for tensor in drawn[:3]),
         layout=variant.layout,
         window=variant.window,
-        **given,
+        sink_tokens=variant.sink_tokens,
+        **node_options,
+        **options,
     )
 
 

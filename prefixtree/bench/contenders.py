@@ -6,7 +6,7 @@ made, which is not timed: it is measured at its best.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Ours:
 
     def __init__(self, inputs: Inputs, backend: str | None = None) -> None:
         self.inputs = inputs
-        self.options: dict[str, Any] = {} if backend is None else {"backend": backend}
+        self.backend = backend
         self.forest = self._forest()
         self.plan()
 
@@ -64,7 +64,7 @@ class Ours:
             head_dim=shape.head_dim,
             dtype=self.inputs.dtype,
             device=self.inputs.device,
-            **self.options,
+            backend=self.backend,
         )
 
     def run(self) -> torch.Tensor:

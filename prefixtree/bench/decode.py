@@ -153,7 +153,7 @@ class Setup:
     ) -> None:
         shape = model.shape
         self.model, self.device, self.dtype = model, device, dtype
-        self.options: dict[str, Any] = {} if backend is None else {"backend": backend}
+        self.backend = backend
         self.storage = KVStorage(
             shape.layers,
             num_blocks,
@@ -176,7 +176,7 @@ class Setup:
             head_dim=shape.head_dim,
             dtype=self.dtype,
             device=self.device,
-            **self.options,
+            backend=self.backend,
         )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from attention import Forest
+from attention import Forest, NodeSets
+from attention.problem import FLOAT8_DTYPES
 
 STRIDES = ("plain", "interleaved", "padded heads", "padded blocks", "other layout")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,20 +27,36 @@ class Node:
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that one run of attention is given, but for the tensors' values."""
+    """Everything that one run of attention is given, but for the tensors' values.
 
-    forest: Forest
+    Strides "latent" make the values a view of the keys (multi-head latent attention).
+    """
+
+    source: Forest | NodeSets
     num_blocks: int
     num_q_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
     value_head_dim: int | None = None
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
     layout: str = "NHD"
     strides: str = "plain"
     scale: float | None = None
     softcap: float | None = None
     window: int | None = None
+    sink_tokens: int = 0
+    temperature: tuple[float, ...] | None = None
+    log_weight: tuple[float, ...] | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    k_scale: tuple[float, ...] | None = None
+    v_scale: tuple[float, ...] | None = None
+    batch_invariant: bool = False
+
+    @property
+    def forest(self) -> Forest:
+        assert isinstance(self.source, Forest)
+        return self.source
 
 
 class Tensors(NamedTuple):
@@ -185,51 +202,142 @@ def with_sequences(forest: Forest, sequences: list[tuple[int, int]]) -> Forest:
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
-    """A forest and all that a run can be varied in."""
-    forest, num_blocks = draw(forests())
-    num_kv_heads = draw(st.sampled_from((1, 2)))
-    return Case(
-        forest,
-        num_blocks,
-        num_q_heads=num_kv_heads * draw(st.sampled_from((1, 3, 4, 8))),
-        num_kv_heads=num_kv_heads,
-        head_dim=draw(st.sampled_from((32, 64, 80, 96, 128, 256))),
-        dtype=draw(st.sampled_from(dtypes)),
-        layout=draw(st.sampled_from(("NHD", "HND"))),
-        strides=draw(st.sampled_from(STRIDES)),
-        scale=draw(st.none() | st.sampled_from((0.02, 0.3))),
-        softcap=draw(st.none() | st.sampled_from((1.5, 30.0))),
-        window=draw(st.none() | st.sampled_from((1, 2, 9, 33, 100))),
+def node_sets(draw: st.DrawFn) -> tuple[NodeSets, int]:
+    """Sets of nodes: side by side, with gaps, shared at different positions, before the query."""
+    block_size = draw(st.integers(1, 32))
+    num_nodes = draw(st.integers(1, 8))
+    longest = draw(st.sampled_from((3, 20, 70)))
+    forest, num_blocks = build_forest(
+        block_size,
+        [
+            Node(-1, draw(st.integers(1, longest)), offset=draw(st.sampled_from((0, 1, 5))))
+            for _ in range(num_nodes)
+        ],
+        [(0, 1)],
+        shuffle=draw(st.none() | st.integers(0, 99)),
     )
+    member = st.tuples(st.integers(0, num_nodes - 1), st.sampled_from((0, 0, 7, 40, 100)))
+    members = draw(
+        st.lists(st.lists(member, min_size=1, max_size=6, unique=True), min_size=1, max_size=6)
+    )
+    return sets_of(
+        forest,
+        members,
+        [draw(st.sampled_from((0, 3, 30, 80, 200))) for _ in members],
+        [draw(st.just(1) | st.integers(1, 30)) for _ in members],
+    ), num_blocks
+
+
+def sets_of(
+    forest: Forest,
+    members: list[list[tuple[int, int]]],
+    query_start: list[int],
+    query_len: list[int],
+) -> NodeSets:
+    """The nodes of a forest, in sets (node, position of its first token) of sequences."""
+    flat = [member for sequence in members for member in sequence]
+    return NodeSets(
+        block_size=forest.block_size,
+        length=forest.length,
+        offset=forest.offset,
+        block_ptr=forest.block_ptr,
+        blocks=forest.blocks,
+        member_ptr=np.cumsum([0, *map(len, members)], dtype=np.int64),
+        member=np.array([node for node, _ in flat], np.int32),
+        member_start=np.array([start for _, start in flat], np.int64),
+        query_start=np.array(query_start, np.int64),
+        query_len=np.array(query_len, np.int64),
+    )
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    kv_dtypes: tuple[torch.dtype, ...] = FLOAT8_DTYPES,
+    source: st.SearchStrategy[tuple[Forest | NodeSets, int]] | None = None,
+) -> Case:
+    """Something to attend to and all that a run can be varied in.
+
+    kv_dtypes: of caches, besides the dtype of q.
+    """
+    nodes, num_blocks = draw(forests() | node_sets() if source is None else source)
+    num_kv_heads = draw(st.sampled_from((1, 2, 3)))
+    num_q_heads = num_kv_heads * draw(st.sampled_from((1, 2, 3, 4, 5, 6, 7, 8, 16)))
+    head_dim = draw(st.sampled_from((32, 64, 80, 96, 128, 192, 256, 576)))
+    strides = draw(st.sampled_from((*STRIDES, "latent")))
+    value_head_dim = None
+    if head_dim == 576:
+        num_kv_heads, num_q_heads, value_head_dim, strides = 1, num_q_heads, 512, "latent"
+    elif strides == "latent":
+        value_head_dim = head_dim - 16
+    elif draw(st.integers(0, 3)) == 0:
+        value_head_dim = draw(st.sampled_from((16, 48, 128)))
+    dtype = draw(st.sampled_from(dtypes))
+    # Each option is off more often than on, or few cases would reach the paths without it.
+    sometimes = st.integers(0, 3).map(lambda n: n == 0)
+    window = draw(st.none() | st.sampled_from((1, 2, 9, 33, 100)))
+    return Case(
+        nodes,
+        num_blocks,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        dtype=dtype,
+        kv_dtype=draw(st.sampled_from(kv_dtypes)) if kv_dtypes and draw(sometimes) else None,
+        layout=draw(st.sampled_from(("NHD", "HND"))),
+        strides=strides,
+        scale=draw(st.none() | st.sampled_from((0.02, 0.3))),
+        softcap=draw(st.none() | st.sampled_from((1.5, 30.0))) if draw(sometimes) else None,
+        window=window,
+        sink_tokens=draw(st.sampled_from((0, 1, 4, 50))) if window else 0,
+        temperature=_draw_each(draw, sometimes, (0.5, 1.0, 1.25), len(nodes.length)),
+        log_weight=_draw_each(draw, sometimes, (-3.0, 0.0, 0.75), len(nodes.length)),
+        alibi_slopes=_draw_each(draw, sometimes, (0.5, 0.03125, 0.00390625), num_q_heads),
+        k_scale=_draw_each(draw, sometimes, (0.5, 1.25), draw(st.sampled_from((1, num_kv_heads)))),
+        v_scale=_draw_each(draw, sometimes, (0.75, 3.0), draw(st.sampled_from((1, num_kv_heads)))),
+    )
+
+
+def _draw_each(
+    draw: st.DrawFn, sometimes: st.SearchStrategy[bool], values: tuple[float, ...], size: int
+) -> tuple[float, ...] | None:
+    if not draw(sometimes):
+        return None
+    return tuple(draw(st.lists(st.sampled_from(values), min_size=size, max_size=size)))
 
 
 def tensors(case: Case, seed: int = 0) -> Tensors:
     """Random q and caches for a case; every slot that no node owns holds NaN."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(
-        case.forest.num_queries, case.num_q_heads, case.head_dim, generator=generator
+        case.source.num_queries, case.num_q_heads, case.head_dim, generator=generator
     ).to(case.dtype)
-    owned = owned_slots(case.forest, case.num_blocks)
+    owned = owned_slots(case.source, case.num_blocks)
     caches = []
     for head_dim in (case.head_dim, case.value_head_dim or case.head_dim):
+        if case.strides == "latent" and caches:
+            caches.append(caches[0][..., :head_dim])
+            continue
         cache = _empty_cache(case, head_dim)
         by_slot = cache if case.layout == "NHD" else cache.transpose(1, 2)
-        by_slot.copy_(torch.randn(by_slot.shape, generator=generator))
-        by_slot[~owned] = torch.nan
+        values = torch.randn(by_slot.shape, generator=generator)
+        values[~owned] = torch.nan
+        by_slot.copy_(values)
         caches.append(cache)
     return Tensors(q, *caches)
 
 
-def owned_slots(forest: Forest, num_blocks: int) -> torch.Tensor:
+def owned_slots(source: Forest | NodeSets, num_blocks: int) -> torch.Tensor:
     """bool [num_blocks, block_size]: which slots belong to a node."""
-    owned = torch.zeros(num_blocks * forest.block_size, dtype=torch.bool)
-    for node in range(len(forest.parent)):
-        owned[torch.from_numpy(node_slots(forest, node))] = True
-    return owned.view(num_blocks, forest.block_size)
+    owned = torch.zeros(num_blocks * source.block_size, dtype=torch.bool)
+    for node in range(len(source.length)):
+        owned[torch.from_numpy(node_slots(source, node))] = True
+    return owned.view(num_blocks, source.block_size)
 
 
-def node_slots(forest: Forest, node: int) -> np.ndarray:
+def node_slots(forest: Forest | NodeSets, node: int) -> np.ndarray:
     """Slot of each token of a node."""
     blocks = forest.blocks[forest.block_ptr[node] : forest.block_ptr[node + 1]].astype(np.int64)
     place = int(forest.offset[node]) + np.arange(forest.length[node])
@@ -246,22 +354,23 @@ def path_slots(forest: Forest, leaf: int) -> np.ndarray:
 
 
 def _empty_cache(case: Case, head_dim: int) -> torch.Tensor:
-    inner = (case.forest.block_size, case.num_kv_heads)
+    inner = (case.source.block_size, case.num_kv_heads)
+    dtype = case.kv_dtype or case.dtype
     if case.layout == "HND":
         inner = inner[::-1]
     match case.strides:
-        case "plain":
-            return torch.empty(case.num_blocks, *inner, head_dim, dtype=case.dtype)
+        case "plain" | "latent":
+            return torch.empty(case.num_blocks, *inner, head_dim, dtype=dtype)
         case "interleaved":
-            both = torch.empty(case.num_blocks, 2, *inner, head_dim, dtype=case.dtype)
+            both = torch.empty(case.num_blocks, 2, *inner, head_dim, dtype=dtype)
             return both[:, 1]
         case "padded blocks":
             size = math.prod(inner) * head_dim
-            wide = torch.empty(case.num_blocks, size + 8, dtype=case.dtype)
+            wide = torch.empty(case.num_blocks, size + 8, dtype=dtype)
             return wide[:, :size].unflatten(1, (*inner, head_dim))
         case "padded heads":
-            wide = torch.empty(case.num_blocks, *inner, head_dim + 8, dtype=case.dtype)
+            wide = torch.empty(case.num_blocks, *inner, head_dim + 8, dtype=dtype)
             return wide[..., :head_dim]
         case _:
-            other = torch.empty(case.num_blocks, *inner[::-1], head_dim, dtype=case.dtype)
+            other = torch.empty(case.num_blocks, *inner[::-1], head_dim, dtype=dtype)
             return other.transpose(1, 2)

@@ -3,125 +3,25 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import attention
-from attention import Forest, Plan
+from attention import Forest
+from tests.attention.checks import assert_as_good_as_flat, attend, plan_of, run
 from tests.attention.strategies import (
     LARGE,
     Case,
     Node,
-    Tensors,
     build_forest,
     cases,
     forests,
     level_forest,
-    path_slots,
     tensors,
     with_sequences,
 )
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
-
-
-def plan_of(case: Case, device: str = "cpu") -> Plan:
-    return attention.plan(
-        case.forest,
-        num_q_heads=case.num_q_heads,
-        num_kv_heads=case.num_kv_heads,
-        head_dim=case.head_dim,
-        dtype=case.dtype,
-        device=device,
-        layout=case.layout,
-        value_head_dim=case.value_head_dim,
-        window=case.window,
-    )
-
-
-def run(case: Case, given: Tensors, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    return attention.run(
-        plan_of(case, device),
-        given.q.to(device),
-        given.k_cache.to(device),
-        given.v_cache.to(device),
-        scale=case.scale,
-        softcap=case.softcap,
-    )
-
-
-def attend(case: Case, given: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    return attention.attend(
-        case.forest,
-        given.q,
-        given.k_cache,
-        given.v_cache,
-        layout=case.layout,
-        scale=case.scale,
-        softcap=case.softcap,
-        window=case.window,
-    )
-
-
-def flat(case: Case, given: Tensors) -> torch.Tensor:
-    """The same attention sequence by sequence on gathered KV, as an engine without a tree does."""
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    outs = []
-    first = 0
-    for leaf, query_len in zip(case.forest.leaf, case.forest.query_len, strict=True):
-        slots = torch.from_numpy(path_slots(case.forest, int(leaf)))
-        k, v = (_by_slot(case, cache)[slots].transpose(0, 1) for cache in given[1:])
-        q = given.q[first : first + query_len].transpose(0, 1)
-        first += int(query_len)
-        behind = torch.arange(len(slots) - int(query_len), len(slots))[:, None] - torch.arange(
-            len(slots)
-        )
-        seen = behind >= 0
-        if case.window is not None:
-            seen &= behind < case.window
-        if case.softcap is None:
-            out = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=seen, scale=scale, enable_gqa=True
-            )[0]
-        else:
-            group = case.num_q_heads // case.num_kv_heads
-            k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-            logits = case.softcap * torch.tanh(q @ k.transpose(1, 2) * scale / case.softcap)
-            wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-            weights = torch.softmax(logits.to(wide).masked_fill(~seen, -torch.inf), dim=-1)
-            out = weights.to(case.dtype) @ v
-        outs.append(out.transpose(0, 1))
-    return torch.cat(outs)
-
-
-def _by_slot(case: Case, cache: torch.Tensor) -> torch.Tensor:
-    cache = cache if case.layout == "NHD" else cache.transpose(1, 2)
-    return cache.flatten(0, 1)
-
-
-def assert_as_good_as_flat(case: Case, given: Tensors, device: str = "cpu") -> None:
-    """Errors against float64 at most twice those of flat attention in the same dtype.
-
-    On top of that comes what flat attention has no counterpart for: a partial is rounded to the
-    dtype once before it is merged, by half a unit in the last place of at most the largest value.
-    The weights of a merge sum to one, so the result is off by no more than that. A merge has five
-    roundings of its own in the precision of the partials, each as small: four units cover them.
-    """
-    expected, expected_lse = attend(case, given)
-    out, lse = run(case, given, device)
-    assert out.dtype == case.dtype
-    assert out.shape == expected.shape
-    assert not out.isnan().any()
-    largest = given.v_cache.nan_to_num().abs().max().item()
-    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    rounding = torch.finfo(case.dtype).eps / 2 + 4 * torch.finfo(wide).eps
-    error = (out.cpu().double() - expected).abs().max().item()
-    flat_error = (flat(case, given).double() - expected).abs().max().item()
-    assert error <= 2 * flat_error + rounding * largest
-    assert lse.dtype == wide
-    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=0, atol=1e-4)
 
 
 @settings(max_examples=4 * settings().max_examples)
@@ -147,7 +47,7 @@ def test_the_order_of_siblings_and_sequences_does_not_matter(case: Case, seed: i
     queries = np.concatenate([np.arange(place[s], place[s + 1]) for s in sequences])
     given = tensors(case)
     out, lse = run(case, given)
-    other = Case(**{**vars(case), "forest": _reordered(case.forest, nodes, sequences)})
+    other = Case(**{**vars(case), "source": _reordered(case.forest, nodes, sequences)})
     other_out, other_lse = run(other, given._replace(q=given.q[queries]))
     # Other places in the batch mean other padding and other tiles, so other roundings: two results
     # that are each within the error of flat attention, which float64 tests bound.

@@ -1,0 +1,195 @@
+"""Runs a schedule on the tensors of one layer: the segment kernel once a tile, then the merge."""
+
+from typing import Any
+
+import torch
+
+from attention.algebra import Partial
+from attention.options import RunOptions
+from attention.problem import Problem
+from attention.triton_backend.merge import merge
+from attention.triton_backend.segment import segment
+from attention.triton_backend.tiles import Tiles, power_of_two_from, split_dim, tiles_for
+from attention.triton_backend.units import Schedule, Units
+
+_PARTS = 4  # partials that a step of a merge loads
+
+
+def launch(
+    problem: Problem,
+    schedule: Schedule,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    options: RunOptions,
+) -> Partial:
+    """Arguments and result as `attention.run`; all checked.
+
+    Nothing is copied to or waited for by the host, and grids depend on capacities alone: can be
+    captured in a CUDA graph.
+    """
+    tiles = tiles_for(problem)
+    heads, value_dim = problem.num_q_heads, problem.value_head_dim
+    f32 = {"dtype": torch.float32, "device": q.device}
+    result = Partial(q.new_empty(len(q), heads, value_dim), torch.empty(len(q), heads, **f32))
+    parts = Partial(
+        torch.empty(schedule.num_partials, heads, value_dim, **f32),
+        torch.empty(schedule.num_partials, heads, **f32),
+    )
+    with torch.cuda.device_of(q):
+        for units in schedule.units:
+            if grid := segment_grid(problem, tiles, units):
+                segment[grid](
+                    **segment_arguments(
+                        problem, tiles, schedule, units, q, k_cache, v_cache, options, result, parts
+                    )
+                )
+        if grid := merge_grid(problem, schedule):
+            merge[grid](**merge_arguments(problem, schedule, result, parts))
+    return result
+
+
+def segment_grid(problem: Problem, tiles: Tiles, units: Units) -> tuple[int] | None:
+    """Programs of the segment kernel, None for none."""
+    programs = len(units.row_begin) * problem.num_kv_heads * -(-problem.group // tiles.heads)
+    return (programs,) if programs else None
+
+
+def segment_arguments(
+    problem: Problem,
+    tiles: Tiles,
+    schedule: Schedule,
+    units: Units,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    options: RunOptions,
+    result: Partial,
+    parts: Partial,
+) -> dict[str, Any]:
+    """What the segment kernel is called with."""
+    tile = tiles.of(problem, units.rows_per_tile)
+    d1, d2 = split_dim(problem.head_dim)
+    v1, v2 = split_dim(problem.value_head_dim)
+    k_block, k_head, k_slot = k_cache.stride()[:3]
+    v_block, v_head, v_slot = v_cache.stride()[:3]
+    if problem.layout == "NHD":
+        k_head, k_slot = k_slot, k_head
+        v_head, v_slot = v_slot, v_head
+    rows, entries = schedule.rows, schedule.entries
+    in_keys = (
+        v_cache.data_ptr() == k_cache.data_ptr()
+        and (v_block, v_head, v_slot) == (k_block, k_head, k_slot)
+        and problem.value_head_dim in (d1, problem.head_dim)
+    )
+    return {
+        "q": q,
+        "k_cache": _stored(k_cache),
+        "v_cache": None if in_keys else _stored(v_cache),
+        "out": result.o,
+        "lse": result.lse,
+        "part_o": parts.o,
+        "part_lse": parts.lse,
+        "row_query": rows.query,
+        "row_position": rows.position,
+        "row_partial": rows.partial,
+        "entry_slot": entries.slot,
+        "entry_length": entries.length,
+        "entry_position": entries.position,
+        "entry_row_begin": entries.row_begin,
+        "entry_row_end": entries.row_end,
+        "entry_scale": entries.scale,
+        "entry_bias": entries.bias,
+        "unit_size": units.size,
+        "unit_row_begin": units.row_begin,
+        "unit_row_end": units.row_end,
+        "unit_entry_begin": units.entry_begin,
+        "unit_entry_mid": units.entry_mid,
+        "unit_entry_end": units.entry_end,
+        "unit_log2_width": units.log2_width,
+        "unit_ordinal": units.ordinal,
+        "scale": float(options.scale),
+        "softcap": None if options.softcap is None else float(options.softcap),
+        "alibi_slopes": options.alibi_slopes,
+        "k_scale": options.k_scale,
+        "v_scale": options.v_scale,
+        "window": problem.window,
+        "sink_tokens": problem.sink_tokens,
+        "q_stride_query": q.stride(0),
+        "q_stride_head": q.stride(1),
+        "k_stride_block": k_block,
+        "k_stride_slot": k_slot,
+        "k_stride_head": k_head,
+        "v_stride_block": v_block,
+        "v_stride_slot": v_slot,
+        "v_stride_head": v_head,
+        "k_scale_stride": _stride(options.k_scale),
+        "v_scale_stride": _stride(options.v_scale),
+        "NUM_KV_HEADS": problem.num_kv_heads,
+        "GROUP": problem.group,
+        "HEADS": tiles.heads,
+        "HEAD_DIM": problem.head_dim,
+        "D1": d1,
+        "D2": d2,
+        "VALUE_DIM": problem.value_head_dim,
+        "V1": v1,
+        "V2": v2,
+        "BLOCK_SIZE": k_cache.shape[1 if problem.layout == "NHD" else 2],
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "NUM_STAGES": tile.num_stages,
+        "num_warps": tile.num_warps,
+    }
+
+
+def merge_grid(problem: Problem, schedule: Schedule) -> tuple[int, int] | None:
+    """Programs of the merge kernel, None for none."""
+    results = len(schedule.merges.query)
+    heads, _ = _merge_shape(problem)
+    return (results, -(-problem.num_q_heads // heads)) if results else None
+
+
+def merge_arguments(
+    problem: Problem, schedule: Schedule, result: Partial, parts: Partial
+) -> dict[str, Any]:
+    """What the merge kernel is called with."""
+    merges = schedule.merges
+    heads, columns = _merge_shape(problem)
+    return {
+        "out": result.o,
+        "lse": result.lse,
+        "part_o": parts.o,
+        "part_lse": parts.lse,
+        "merge_size": merges.size,
+        "merge_query": merges.query,
+        "merge_begin": merges.begin,
+        "merge_end": merges.end,
+        "NUM_Q_HEADS": problem.num_q_heads,
+        "VALUE_DIM": problem.value_head_dim,
+        "COLUMNS": columns,
+        "HEADS": heads,
+        "PARTS": _PARTS,
+        "num_warps": 4,
+    }
+
+
+def _merge_shape(problem: Problem) -> tuple[int, int]:
+    """Query heads and columns of a program: 512 numbers of a partial, 16 bytes a thread."""
+    columns = power_of_two_from(problem.value_head_dim)
+    return max(1, min(power_of_two_from(problem.num_q_heads), 512 // columns)), columns
+
+
+def _stride(per_head: torch.Tensor | None) -> int:
+    return 0 if per_head is None or per_head.numel() == 1 else per_head.stride(0)
+
+
+def _stored(cache: torch.Tensor) -> torch.Tensor:
+    """The cache as the kernel takes it: float8_e4m3fn as bytes where the GPU cannot convert it."""
+    if (
+        cache.dtype == torch.float8_e4m3fn
+        and cache.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(cache.device) < (8, 9)
+    ):
+        return cache.view(torch.uint8)
+    return cache

@@ -1,0 +1,158 @@
+"""Shapes of the tiles that the segment kernel works with, by architecture and problem.
+
+A program holds `block_m` rows, query rows times the query heads of a KV head, and walks its
+entries `block_n` tokens at a time. Lean tiles are for KV that few rows share: they are bound by
+memory, need bytes in flight, and more rows would be padding. Fat tiles are for KV that many rows
+share: every row more saves one more load of the KV. Batch-invariant plans know one tile only, as
+the shape decides the order of additions.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from attention.errors import PlanMismatch
+from attention.problem import Problem
+
+DEFAULT_ARCH = "sm_90"  # where there is no GPU: for schedules made on a CPU
+MAX_HEADS = 64  # more query heads a KV head than this are spread over several programs
+_KIB = 1024
+
+
+class Tile(NamedTuple):
+    """A shape, and how a program of it is run.
+
+    Attributes:
+        block_m: rows of a program: rows_per_tile query rows times `Tiles.heads`, rounded up.
+        block_n: KV tokens a step.
+        num_warps: warps a program.
+        num_stages: depth of the pipeline of loads.
+        rows_per_tile: query rows that fit.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    rows_per_tile: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of one problem on one architecture.
+
+    Attributes:
+        heads: query heads of one KV head that a program takes.
+        lean: for few rows, fat: for many; equal where the heads alone fill a fat tile.
+        invariant: the only one of batch-invariant plans.
+    """
+
+    heads: int
+    lean: Tile
+    fat: Tile
+    invariant: Tile
+
+    def of(self, problem: Problem, rows_per_tile: int) -> Tile:
+        """The smallest tile for units of so many rows.
+
+        Raises PlanMismatch if there is none.
+        """
+        for tile in (self.invariant,) if problem.batch_invariant else (self.lean, self.fat):
+            if rows_per_tile <= tile.rows_per_tile:
+                return tile
+        raise PlanMismatch(
+            f"units have {rows_per_tile} rows, expected at most {tile.rows_per_tile}"
+        )
+
+
+class _Arch(NamedTuple):
+    """shared: bytes of shared memory a program may have; the rest bounds what is chosen."""
+
+    shared: int
+    fat_rows: int
+    max_stages: int
+
+
+_ARCHS = {
+    "sm_80": _Arch(163 * _KIB, 128, 4),
+    "sm_87": _Arch(163 * _KIB, 128, 4),
+    "sm_90": _Arch(227 * _KIB, 128, 4),
+    "sm_100": _Arch(227 * _KIB, 128, 4),
+    "sm_103": _Arch(227 * _KIB, 128, 4),
+    "gfx942": _Arch(64 * _KIB, 128, 2),
+    "gfx950": _Arch(160 * _KIB, 128, 2),
+}
+_OTHER_CUDA = _Arch(99 * _KIB, 64, 3)  # the least of any since sm_80
+_OTHER_HIP = _Arch(64 * _KIB, 64, 2)
+
+
+def arch_of(device: torch.device) -> str:
+    """ "sm_90", "gfx942" and the like; of a CPU, the default to plan for."""
+    if device.type != "cuda":
+        return DEFAULT_ARCH
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def shared_memory(arch: str) -> int:
+    """Bytes of shared memory that a program may have."""
+    return _arch(arch).shared
+
+
+def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
+    """The tiles of a problem, by default for its device.
+
+    Raises PlanMismatch for float64: the kernels compute in float32.
+    """
+    if problem.dtype == torch.float64:
+        raise PlanMismatch("dtype is torch.float64, expected float32, bfloat16 or float16")
+    limits = _arch(arch_of(problem.device) if arch is None else arch)
+    heads = -(-problem.group // -(-problem.group // MAX_HEADS))
+    head_dim = sum(split_dim(problem.head_dim))
+    value_dim = sum(split_dim(problem.value_head_dim))
+    token_bytes = (head_dim + value_dim) * problem.kv_dtype.itemsize
+    fewest = max(16, power_of_two_from(heads))
+
+    def tile(block_m: int, block_n: int, num_warps: int, shared: int) -> Tile:
+        query_bytes = block_m * head_dim * problem.dtype.itemsize
+        stage_bytes = block_n * token_bytes
+        num_stages = min(limits.max_stages, max(1, (shared - query_bytes) // stage_bytes))
+        return Tile(block_m, block_n, num_warps, num_stages, block_m // heads)
+
+    wide = head_dim + value_dim > 256
+    if problem.dtype == torch.float32:  # no tensor cores: products are held in registers
+        fat_rows, fat_tokens = 32, 32
+    else:
+        fat_rows, fat_tokens = (64, 32) if wide else (limits.fat_rows, 64)
+    fat_rows = max(fewest, fat_rows)
+    lean_tokens = min(128, max(16, power_of_two_up_to(32 * _KIB // token_bytes)))
+    # Two lean programs share a multiprocessor, so that one loads while the other one computes.
+    lean = tile(fewest, lean_tokens, 4, limits.shared // 2)
+    fat = tile(fat_rows, fat_tokens, 8 if fat_rows * value_dim > 64 * 128 else 4, limits.shared)
+    middle = max(fewest, min(fat_rows, 64))
+    invariant = tile(middle, fat_tokens, 8 if middle * value_dim > 64 * 128 else 4, limits.shared)
+    return Tiles(heads, lean, fat, invariant)
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """Powers of two, 0 or at least 16, that together hold `dim`, as tiles of matrices are.
+
+    576 is 512 and 64, 96 is 64 and 32, 100 is 64 and 64 of which 28 are padding.
+    """
+    first = max(16, power_of_two_up_to(dim))
+    return first, 0 if dim <= first else max(16, power_of_two_from(dim - first))
+
+
+def power_of_two_up_to(n: int) -> int:
+    """The largest power of two that is at most n, 0 for 0."""
+    return 1 << n.bit_length() - 1 if n else 0
+
+
+def power_of_two_from(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _arch(arch: str) -> _Arch:
+    return _ARCHS.get(arch, _OTHER_HIP if arch.startswith("gfx") else _OTHER_CUDA)

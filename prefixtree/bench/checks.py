@@ -175,7 +175,9 @@ def _reference(
     }
     return attention.attend(
         forest,
-        *(tensor.cpu() for tensor in drawn[:3]),
+        drawn.q.cpu(),
+        drawn.k_cache.cpu(),
+        drawn.v_cache.cpu(),
         layout=variant.layout,
         window=variant.window,
         sink_tokens=variant.sink_tokens,

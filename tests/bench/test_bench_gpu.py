@@ -289,7 +289,10 @@ from prefixtree.bench.variants import Variant
 shapes.SUITES["tiny"] = lambda: iter(
     [Shape("tiny", "even", level_tree((1, 4), (20, 3)), 4, 2, head_dim=32)]
 )
-few = [Variant(tree="chain", dtype="float32"), Variant(tree="drafts", batch_invariant=True)]
+few = [
+    Variant(tree="single", dtype="float32"),
+    Variant(tree="single", dtype="float16", batch_invariant=True),
+]
 variants.variants = lambda: few
 options = "--device cpu --backend triton --shapes tiny --rounds 1 --flex-seconds 0"
 sys.exit(main(["bench", "gpu", *options.split(), "--json", {str(tmp_path / "a.json")!r}]))

@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("allocator", "attention", "prefixtree")
 
 # Where the packages come together: the only places that may import attention from prefixtree.
-MEETING_PLACES = ("prefixtree/engines/", "prefixtree/demo/", "prefixtree/__main__.py")
+MEETING_PLACES = (
+    "prefixtree/bench/",
+    "prefixtree/demo/",
+    "prefixtree/engines/",
+    "prefixtree/__main__.py",
+)
 
 
 def imported(source: str, package: str) -> Iterator[str]:

@@ -7,3 +7,7 @@ class InvalidForest(ValueError):
 
 class PlanMismatch(ValueError):
     """The tensors given to a run are not the ones its plan was made for."""
+
+
+class PlanExhausted(RuntimeError):
+    """A plan has been advanced by as many tokens as were reserved for it."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -12,7 +13,7 @@ from attention.options import RunOptions
 from attention.problem import Problem
 from attention.segments import Segments
 from attention.torch_backend.batches import make_batches
-from attention.torch_backend.execute import execute
+from attention.torch_backend.execute import execute, layer_of
 from attention.torch_backend.groups import make_groups
 from attention.torch_backend.items import work_items
 
@@ -24,39 +25,58 @@ class TorchWork:
 
     def __init__(self, problem: Problem, segments: Segments) -> None:
         self.problem = problem
-        self.items = work_items(segments, problem.window)
-        batches = make_batches(
-            segments,
-            self.items,
-            token_bytes=problem.token_bytes,
-            pair_flops=problem.pair_flops,
-            viewable=problem.layout == "NHD",
-        )
-        self._tokens_loaded = int(batches.items.kv_len.sum())
-        self.groups = make_groups(
-            segments,
-            batches,
-            window=problem.window,
-            mask_dtype=problem.precision,
-            device=problem.device,
-        )
-        in_order = bool((segments.query[1:] > segments.query[:-1]).all())
-        self.query_index = None if in_order else torch.from_numpy(segments.query).to(problem.device)
+        self.items = work_items(segments, problem.window, problem.sink_tokens)
+        num_rows = len(segments.query)
+        rows = np.arange(num_rows)
+        # Where each query has one row, q is brought into the order of the rows once.
+        self.query_index: torch.Tensor | None = None
+        query, position = segments.query, segments.position
+        if num_rows == segments.num_queries:
+            if not (query[1:] > query[:-1]).all():
+                self.query_index = torch.from_numpy(query).to(problem.device)
+            query = rows
+        else:
+            position = np.empty(segments.num_queries, np.int64)
+            position[query] = segments.position
+        self.position = torch.from_numpy(position).to(problem.device)
+        views, gathers = make_batches(problem, segments, self.items, _kinds(segments))
+        self.groups = make_groups(problem, segments, query, views, gathers)
 
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial:
         """Attention of all queries in the packed order: o in q's dtype, and lse."""
-        return execute(self.problem, self.groups, self.query_index, q, k_cache, v_cache, options)
+        index = self.query_index
+        if index is not None:
+            q = q.index_select(0, index)
+        layer = layer_of(self.problem, q, self.position, k_cache, v_cache, options)
+        total = execute(self.problem, self.groups, layer)
+        o = total.o
+        if options.v_scale is not None:
+            o = o * options.v_scale.view(-1, 1, 1)
+        o, lse = o.flatten(1, 2).to(q.dtype), total.lse.flatten(1, 2)
+        if index is None:
+            return Partial(o, lse)
+        return Partial(
+            torch.empty_like(o).index_copy_(0, index, o),
+            torch.empty_like(lse).index_copy_(0, index, lse),
+        )
 
     def summary(self) -> WorkSummary:
         """The batched calls; padding is no token, and nothing waits for a later merge."""
         return WorkSummary(
             units=(("work items", len(self.items.kv_len)), ("batched calls", len(self.groups))),
-            kv_tokens_loaded=self._tokens_loaded,
+            kv_tokens_loaded=int(self.items.kv_len.sum()),
             partials=0,
         )
 
     def advance(self, slots: npt.NDArray[Any]) -> None:
         """Raise PlanExhausted: this backend reserves no room."""
         raise PlanExhausted(f"the backend {self.name!r} makes a new plan for each step")
+
+
+def _kinds(segments: Segments) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Segments of another temperature share no call."""
+    if segments.temperature is None:
+        return np.zeros(len(segments.start), np.int64)
+    return np.unique(segments.temperature, return_inverse=True)[1]

@@ -1,9 +1,6 @@
-"""The kernels on schedules cut at random: right against float64, and untouched by what is poison."""
-
-from dataclasses import replace
+"""The kernels on schedules cut at random: right against float64, untouched by what is poison."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,15 +12,12 @@ from attention.segments import segments_of
 from attention.triton_backend.launch import launch_into
 from attention.triton_backend.tiles import tiles_for
 from attention.triton_backend.units import Schedule
-from tests.attention import checks, unit_reference
+from tests.attention import checks
 from tests.attention.random_schedules import random_schedule
 from tests.attention.strategies import (
     Case,
-    Node,
     Tensors,
-    build_forest,
     cases,
-    level_forest,
     tensors,
 )
 

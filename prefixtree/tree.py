@@ -30,7 +30,7 @@ import numpy.typing as npt
 from prefixtree.columns import Column, Columns, FloatColumn, Int32s, Int64s
 from prefixtree.errors import InvalidNamespace
 from prefixtree.ragged import RaggedInts
-from prefixtree.tokens import common_prefix
+from prefixtree.tokens import agreement
 
 ROOT = 0
 
@@ -268,27 +268,28 @@ class RadixTree:
             known = self.tokens[node] = known[:size]
         return known
 
-    def walk(self, data: bytes, node: int = ROOT) -> Place:
-        """Follows `data` (int32 bytes) down from the end of `node` as far as the tree goes.
+    def walk(self, wanted: Int32s, node: int = ROOT) -> Place:
+        """Follows `wanted` down from the end of `node` as far as the tree goes.
 
-        One dictionary lookup and one comparison in C a node passed.
+        One dictionary lookup and one comparison in C a node passed; tokens behind the match are
+        not read.
         """
         align = self.align
-        last = len(data) // 4 - align
+        last = len(wanted) - align
         at = 0
         tokens, length = self.tokens, self.nodes.length
         while at <= last:
-            key = int.from_bytes(data[4 * at : 4 * (at + align)], sys.byteorder) << 32 | node
-            child = self._child.get(key, -1)
+            child = self._child.get(self._key(node, wanted[at : at + align].tobytes()), -1)
             if child < 0:
                 break
             edge = tokens[child]
             if len(edge) != 4 * length[child]:
                 edge = self.edge(child)
-            if not data.startswith(edge, 4 * at):
-                return Place(node, at, child, self.aligned(common_prefix(edge, data, at)))
-            at += len(edge) // 4
-            node = child
+            end = at + len(edge) // 4
+            if wanted[at:end].tobytes() != edge:
+                known = np.frombuffer(edge, np.int32)
+                return Place(node, at, child, self.aligned(agreement(known, wanted[at:end])))
+            at, node = end, child
         return Place(node, at, -1, 0)
 
     def path(self, node: int) -> list[int]:

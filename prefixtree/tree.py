@@ -285,15 +285,17 @@ class RadixTree:
         last = len(wanted) - align
         at = 0
         tokens, length = self.tokens, self.nodes.length
+        memory = wanted.data  # quicker to slice than an array
         while at <= last:
-            child = self._child.get(self._key(node, wanted[at : at + align].tobytes()), -1)
+            key = int.from_bytes(memory[at : at + align], sys.byteorder) << 32 | node
+            child = self._child.get(key, -1)
             if child < 0:
                 break
             edge = tokens[child]
             if len(edge) != 4 * length[child]:
                 edge = self.edge(child)
             end = at + len(edge) // 4
-            if wanted[at:end].tobytes() != edge:
+            if memory[at:end].tobytes() != edge:
                 known = np.frombuffer(edge, np.int32)
                 return Place(node, at, child, self.aligned(agreement(known, wanted[at:end])))
             at, node = end, child

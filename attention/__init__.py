@@ -1,7 +1,7 @@
 """Attention over a forest of shared KV: plan once a step, run once a layer."""
 
 from attention.algebra import IDENTITY, Partial, merge, scan
-from attention.errors import InvalidForest, PlanMismatch
+from attention.errors import InvalidForest, PlanExhausted, PlanMismatch
 from attention.forest import Forest, ForestArrays
 from attention.node_sets import NodeSets
 from attention.plan import Plan, plan
@@ -16,6 +16,7 @@ __all__ = [
     "NodeSets",
     "Partial",
     "Plan",
+    "PlanExhausted",
     "PlanMismatch",
     "attend",
     "merge",

@@ -10,4 +10,4 @@ class PlanMismatch(ValueError):
 
 
 class PlanExhausted(RuntimeError):
-    """A plan has been advanced by as many tokens as were reserved for it."""
+    """A plan was advanced as often as it reserved room for: make a new plan."""

@@ -35,7 +35,8 @@ class Gathered(NamedTuple):
     """KV at slots, or in whole blocks.
 
     Attributes:
-        ids: int64, slots [size * tokens], or ids of blocks that the tokens fill.
+        ids: int64, slots [size * tokens], or ids of blocks that the tokens fill; those of one item
+            where all items read the same.
         unit: tokens at each: 1 or the block size.
         blank: int64, tokens [size * tokens] that lie behind the end of their item in its last
             blocks, where anything may be written; None where there is none.

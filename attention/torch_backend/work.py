@@ -13,6 +13,7 @@ from attention.segments import Segments
 from attention.torch_backend.batches import make_batches
 from attention.torch_backend.execute import execute, layer_of
 from attention.torch_backend.groups import make_groups
+from attention.torch_backend.invariant import add_up, invariant_groups
 from attention.torch_backend.items import work_items
 from attention.torch_backend.tail import Tail
 
@@ -47,6 +48,9 @@ class TorchWork:
             position = np.empty(segments.num_queries, np.int64)
             position[query] = segments.position
         self._position = torch.from_numpy(position).to(problem.device)
+        if problem.batch_invariant:
+            self.groups = invariant_groups(problem, segments, query)
+            return
         views, gathers = make_batches(problem, segments, self.items, _kinds(segments))
         self.groups = make_groups(problem, segments, query, views, gathers)
 
@@ -76,7 +80,10 @@ class TorchWork:
         if index is not None:
             q = q.index_select(0, index)
         layer = layer_of(self.problem, q, self._position, k_cache, v_cache, options)
-        total = execute(self.problem, [*self.groups, *self._tail.groups], layer)
+        if self.problem.batch_invariant:
+            total = add_up(self.problem, self.groups, layer)
+        else:
+            total = execute(self.problem, [*self.groups, *self._tail.groups], layer)
         o = total.o
         if options.v_scale is not None:
             o = o * options.v_scale.view(-1, 1, 1)

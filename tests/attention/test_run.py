@@ -18,6 +18,7 @@ from tests.attention.strategies import (
     cases,
     forests,
     level_forest,
+    node_sets,
     tensors,
     with_sequences,
 )
@@ -179,3 +180,51 @@ def test_a_thousand_ragged_tails_are_a_handful_of_calls() -> None:
     case = Case(forest, num_blocks, num_q_heads=8, head_dim=64, dtype=torch.bfloat16)
     assert len(plan_of(case).work.groups) <= 10
     assert_as_good_as_flat(case, tensors(case))
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(cases(source=forests()), st.integers(0, 6))
+def test_batch_invariant_results_have_the_bits_of_a_sequence_alone(case: Case, keep: int) -> None:
+    case = replace(case, batch_invariant=True)
+    given = tensors(case)
+    assert_as_good_as_flat(case, given)
+    sequence = keep % len(case.forest.leaf)
+    query_len = int(case.forest.query_len[sequence])
+    end = int(case.forest.query_len[: sequence + 1].sum())
+    of = slice(end - query_len, end)
+    some = with_sequences(case.forest, [(int(case.forest.leaf[sequence]), query_len)])
+    out, lse = run(case, given)
+    alone, alone_lse = run(replace(case, source=some), given._replace(q=given.q[of]))
+    assert torch.equal(out[of], alone)
+    assert torch.equal(lse[of], alone_lse)
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(cases(source=node_sets()))
+def test_batch_invariant_sets_of_nodes(case: Case) -> None:
+    assert_as_good_as_flat(replace(case, batch_invariant=True), tensors(case))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_bits_do_not_depend_on_where_nodes_end(
+    dtype: torch.dtype, softcap: float | None
+) -> None:
+    lengths = [37, 300, 400, 263]
+    chain = [Node(i - 1, length, shares_block=i > 0) for i, length in enumerate(lengths)]
+    others = [Node(1, 5 + i % 7) for i in range(60)]
+    shared, num_blocks = build_forest(
+        16, [*chain, *others], [(4 + i, 1) for i in range(60)] + [(3, 3)]
+    )
+    alone, _ = build_forest(16, [Node(-1, 1000)], [(0, 3)])
+    many = Case(
+        shared, num_blocks, num_q_heads=6, dtype=dtype, softcap=softcap, batch_invariant=True
+    )
+    given = tensors(many)
+    out, lse = run(many, given)
+    one, one_lse = run(replace(many, source=alone), given._replace(q=given.q[-3:]))
+    assert torch.equal(out[-3:], one)
+    assert torch.equal(lse[-3:], one_lse)
+    # Otherwise the roundings differ: the test can tell.
+    fast = replace(many, batch_invariant=False)
+    assert not torch.equal(run(fast, given)[1][-3:], one_lse)

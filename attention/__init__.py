@@ -6,6 +6,7 @@ from attention.drafts import draft_trees
 from attention.errors import (
     InvalidForest,
     InvalidSlots,
+    PlanExhausted,
     PlanMismatch,
     UnsupportedBackend,
     WriteMismatch,
@@ -28,6 +29,7 @@ __all__ = [
     "NodeSets",
     "Partial",
     "Plan",
+    "PlanExhausted",
     "PlanMismatch",
     "UnsupportedBackend",
     "WriteMismatch",

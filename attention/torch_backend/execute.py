@@ -72,7 +72,7 @@ def execute(problem: Problem, groups: list[Group], layer: Layer) -> Partial:
     """Partials of all queries over all groups, [N, Hkv, group, d] in the problem's precision."""
     total: Partial | None = None
     for group in groups:
-        part = _attend(group, layer)
+        part = attend(group, layer)
         if total is None:
             if group.first_query == 0 and len(part.o) == len(layer.q) and group.rows is None:
                 total = Partial(part.o.contiguous(), part.lse.contiguous())
@@ -112,7 +112,7 @@ def _query_range(group: Group) -> slice:
     return slice(group.first_query, group.first_query + group.size * group.queries)
 
 
-def _attend(group: Group, layer: Layer) -> Partial:
+def attend(group: Group, layer: Layer) -> Partial:
     """Partials of a group's rows: o [size * queries, Hkv, group, d] and lse without d."""
     size, queries = group.size, group.queries
     if group.query_index is not None:

@@ -35,7 +35,8 @@ class Gathered(NamedTuple):
     """KV at slots, or in whole blocks.
 
     Attributes:
-        ids: int64, slots [size * tokens], or ids of blocks that the tokens fill.
+        ids: int64, slots [size * tokens], or ids of blocks that the tokens fill; those of one item
+            where all items read the same.
         unit: tokens at each: 1 or the block size.
         blank: int64, tokens [size * tokens] that lie behind the end of their item in its last
             blocks, where anything may be written; None where there is none.
@@ -172,7 +173,7 @@ def _groups(
         )
         if ragged[index] and not masked[index]:
             seen = np.arange(tokens) < items.kv_len[of_items, None]
-            group = group._replace(mask=_additive(problem, seen[:, None]))
+            group = group._replace(mask=additive(problem, seen[:, None]))
         if not consecutive[index] or masked[index]:
             group = _with_rows(problem, segments, query, items.take(of_items), group)
         groups.append(group)
@@ -189,7 +190,7 @@ def _with_rows(
     query = query[row]
     if items.masked[0]:
         seen = _seen(problem, segments, items, row, group.tokens)
-        group = group._replace(mask=_additive(problem, seen))
+        group = group._replace(mask=additive(problem, seen))
         kept &= seen.any(axis=2)
     if group.first_query is None:
         group = group._replace(query_index=torch.from_numpy(query.ravel()).to(problem.device))
@@ -239,7 +240,7 @@ def _each(
     return torch.from_numpy(values[items.segment[of]]).to(problem.device, problem.precision)
 
 
-def _additive(problem: Problem, seen: BoolArray) -> torch.Tensor:
+def additive(problem: Problem, seen: BoolArray) -> torch.Tensor:
     """A mask to add to logits: 0 where seen, -inf elsewhere."""
     mask = torch.zeros(seen.shape, dtype=problem.precision)
     return mask.masked_fill_(torch.from_numpy(~seen), -torch.inf).to(problem.device)

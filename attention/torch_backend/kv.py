@@ -15,7 +15,10 @@ def tokens_of(cache: torch.Tensor, group: Group) -> torch.Tensor:
             return view
         index = _slots(group.kv, group.size, group.tokens, cache)
         return _gather(cache, Gathered(index, 1, None), group.size, group.tokens)
-    return _gather(cache, group.kv, group.size, group.tokens)
+    # Tokens of one item are those of all.
+    items = len(group.kv.ids) * group.kv.unit // group.tokens
+    gathered = _gather(cache, group.kv, items, group.tokens)
+    return gathered.expand(group.size, -1, -1, -1)
 
 
 def _view(cache: torch.Tensor, where: InPlace, size: int, tokens: int) -> torch.Tensor | None:

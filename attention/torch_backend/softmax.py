@@ -91,7 +91,7 @@ def _compute_dtype(q: torch.Tensor) -> torch.dtype:
     return q.dtype
 
 
-_HAS_FLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+_HAS_FLOAT16 = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

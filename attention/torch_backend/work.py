@@ -15,7 +15,9 @@ from attention.segments import Segments
 from attention.torch_backend.batches import make_batches
 from attention.torch_backend.execute import execute, layer_of
 from attention.torch_backend.groups import make_groups
+from attention.torch_backend.invariant import add_up, invariant_groups
 from attention.torch_backend.items import work_items
+from attention.torch_backend.tail import Tail
 
 
 class TorchWork:
@@ -23,34 +25,67 @@ class TorchWork:
 
     name = "torch"
 
-    def __init__(self, problem: Problem, segments: Segments) -> None:
+    def __init__(self, problem: Problem, segments: Segments, reserve: int = 0) -> None:
+        """Plan the work on segments, which `advance` may grow `reserve` times.
+
+        Raises PlanMismatch where reserve is not 0 and a sequence has not one query in one place.
+        """
         self.problem = problem
+        self._segments = segments
+        self._tail = Tail(problem, segments, reserve)
+        self._plan(segments)
+
+    def _plan(self, segments: Segments) -> None:
+        problem = self.problem
         self.items = work_items(segments, problem.window, problem.sink_tokens)
         num_rows = len(segments.query)
-        rows = np.arange(num_rows)
         # Where each query has one row, q is brought into the order of the rows once.
-        self.query_index: torch.Tensor | None = None
+        self._query_index: torch.Tensor | None = None
         query, position = segments.query, segments.position
         if num_rows == segments.num_queries:
             if not (query[1:] > query[:-1]).all():
-                self.query_index = torch.from_numpy(query).to(problem.device)
-            query = rows
+                self._query_index = torch.from_numpy(query).to(problem.device)
+            query = np.arange(num_rows)
         else:
             position = np.empty(segments.num_queries, np.int64)
             position[query] = segments.position
-        self.position = torch.from_numpy(position).to(problem.device)
+        self._position = torch.from_numpy(position).to(problem.device)
+        if problem.batch_invariant:
+            self.groups = invariant_groups(problem, segments, query)
+            return
         views, gathers = make_batches(problem, segments, self.items, _kinds(segments))
         self.groups = make_groups(problem, segments, query, views, gathers)
+
+    def advance(self, slots: npt.NDArray[Any] | torch.Tensor) -> None:
+        """Let every sequence grow by one token, and its query move on to it.
+
+        Args:
+            slots: integers [S], slot of each sequence's new token, sequences in the packed order.
+
+        Raises:
+            PlanMismatch: slots are no S integers of at least 0.
+            PlanExhausted: the work has been advanced `reserve` times. It is left as it was.
+
+        O(S), but with a window O(plan): what it leaves behind is no longer read.
+        """
+        self._tail.advance(slots)
+        if self.problem.window is None:
+            self._position = self._position + 1
+        else:
+            self._plan(self._segments._replace(position=self._tail.position))
 
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial:
         """Attention of all queries in the packed order: o in q's dtype, and lse."""
-        index = self.query_index
+        index = self._query_index
         if index is not None:
             q = q.index_select(0, index)
-        layer = layer_of(self.problem, q, self.position, k_cache, v_cache, options)
-        total = execute(self.problem, self.groups, layer)
+        layer = layer_of(self.problem, q, self._position, k_cache, v_cache, options)
+        if self.problem.batch_invariant:
+            total = add_up(self.problem, self.groups, layer)
+        else:
+            total = execute(self.problem, [*self.groups, *self._tail.groups], layer)
         o = total.o
         if options.v_scale is not None:
             o = o * options.v_scale.view(-1, 1, 1)

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attention
 from attention import Forest
 from attention.errors import PlanExhausted, PlanFull, PlanMismatch
 from attention.segments import Segments, segments_of
@@ -77,6 +79,7 @@ def growths(draw: st.DrawFn) -> tuple[Segments, int, list[np.ndarray]]:
     return segments, len(used) // size, slots
 
 
+@settings(max_examples=60)
 @given(growths(), windows, shapes())
 def test_advancing_is_planning_again(
     growth: tuple[Segments, int, list[np.ndarray]],
@@ -95,6 +98,7 @@ def test_advancing_is_planning_again(
     check(work, grown(segments, slots), num_blocks)
 
 
+@settings(max_examples=40)
 @given(forests(), forests(), windows, shapes())
 def test_updating_is_planning_again_in_the_same_tensors(
     before: tuple[Forest, int], after: tuple[Forest, int], window: int | None, shape: Shape
@@ -185,6 +189,16 @@ def test_a_tail_grows_with_the_temperature_of_its_node() -> None:
         check(work, segments_of(longer, temperature, weight), 40)
 
 
+def test_tails_where_nothing_is_read_by_lean_tiles() -> None:
+    # Two sequences end with the shared node, and a window of 1 leaves them no other token.
+    forest, num_blocks = build_forest(4, [Node(-1, 6)], [(0, 1), (0, 1)])
+    segments, slots = segments_of(forest), np.array([8, 12])
+    work = TritonWork(problem_of(window=1), segments, 1, shape=Shape(1, 2, 8, 1, FAT))
+    check(work, segments, num_blocks)
+    work.advance(slots)
+    check(work, grown(segments, [slots]), num_blocks)
+
+
 def test_only_single_queries_reserve() -> None:
     forest, _ = build_forest(4, [Node(-1, 9), Node(0, 5)], [(1, 1), (1, 2)])
     with pytest.raises(PlanMismatch, match=r"reserve is 3 for 3 queries of 2 sequences"):
@@ -213,3 +227,13 @@ def test_without_reserve_nothing_advances() -> None:
     work = TritonWork(problem_of(), decode_batch([3, 4]), shape=SHAPE)
     with pytest.raises(PlanExhausted, match="advanced 0 times"):
         work.advance(np.array([200, 204]))
+
+
+def test_other_backends_reserve_nothing() -> None:
+    forest, _ = build_forest(4, [Node(-1, 9)], [(0, 1)])
+    heads = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8, "dtype": torch.float32}
+    for backend in ("torch", "reference"):
+        with pytest.raises(PlanMismatch, match=f"reserve is 3, expected 0 for .*{backend}"):
+            attention.plan(forest, backend=backend, reserve=3, **heads)
+        with pytest.raises(PlanExhausted, match=backend):
+            attention.plan(forest, backend=backend, **heads).advance(np.array([12]))

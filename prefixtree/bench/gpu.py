@@ -35,7 +35,7 @@ class Deadline:
     def until_passed(self, items: Sequence[T], what: str) -> Iterator[T]:
         """The items as long as there is time, shown on stderr."""
         for item in tqdm(items, unit=f" {what}", leave=False):
-            if monotonic() > self.end:
+            if monotonic() >= self.end:
                 return
             yield item
 

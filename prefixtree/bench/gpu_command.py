@@ -17,6 +17,8 @@ EXIT_WRONG = 1
 EXIT_UNUSABLE = 2
 QUICK_VARIANTS = 6
 """Every so many variants are checked in a quick run."""
+SECONDS_A_SHAPE = 3.0
+"""No more rounds of one shape after this long."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=21,
         metavar="N",
-        help=f"times that each shape is measured; the median is reported {default}",
+        help=f"times that each shape is measured, at most; the median is reported {default}",
     )
     add(
         "--flex-seconds",
@@ -127,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
             else [],
             shapes=gpu.every(gpu.by_worth(shapes), *args.slice) if "shapes" in args.parts else [],
             makers=makers_for(device, 0.0 if args.quick else args.flex_seconds, args.backend),
-            rounds=Rounds(5 if args.quick else args.rounds, args.seconds),
+            rounds=Rounds(5 if args.quick else args.rounds, SECONDS_A_SHAPE),
             seconds=args.seconds,
             seed=int(torch.seed() % 2**31) if args.seed is None else args.seed,
         )

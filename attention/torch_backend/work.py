@@ -1,8 +1,12 @@
 """A plan for the torch operations, made once a step and run once a layer."""
 
+from typing import Any
+
+import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
+from attention.errors import PlanExhausted
 from attention.explain import WorkSummary
 from attention.options import RunOptions
 from attention.problem import Problem
@@ -52,3 +56,7 @@ class TorchWork:
             kv_tokens_loaded=self._tokens_loaded,
             partials=0,
         )
+
+    def advance(self, slots: npt.NDArray[Any]) -> None:
+        """Raise PlanExhausted: this backend reserves no room."""
+        raise PlanExhausted(f"the backend {self.name!r} makes a new plan for each step")

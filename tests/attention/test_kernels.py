@@ -1,0 +1,108 @@
+"""The kernels on schedules cut at random: right against float64, and untouched by what is poison."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention.algebra import Partial
+from attention.options import RunOptions
+from attention.problem import Problem
+from attention.segments import segments_of
+from attention.triton_backend.launch import launch_into
+from attention.triton_backend.tiles import tiles_for
+from attention.triton_backend.units import Schedule
+from tests.attention import checks, unit_reference
+from tests.attention.random_schedules import random_schedule
+from tests.attention.strategies import (
+    Case,
+    Node,
+    Tensors,
+    build_forest,
+    cases,
+    level_forest,
+    tensors,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEWER = settings(max_examples=max(1, settings().max_examples // 4))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def problem_of(case: Case) -> Problem:
+    return Problem(
+        num_q_heads=case.num_q_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        value_head_dim=case.value_head_dim or case.head_dim,
+        dtype=case.dtype,
+        kv_dtype=case.kv_dtype or case.dtype,
+        device=DEVICE,
+        layout=case.layout,
+        window=case.window,
+        sink_tokens=case.sink_tokens,
+        batch_invariant=case.batch_invariant,
+    )
+
+
+def schedule_of(case: Case, seed: int) -> Schedule:
+    temperature, log_weight = (
+        None if values is None else np.array(values, np.float32)
+        for values in (case.temperature, case.log_weight)
+    )
+    problem = problem_of(case)
+    tiles = tiles_for(problem)
+    most = (tiles.lean.rows_per_tile, tiles.fat.rows_per_tile)
+    segments = segments_of(case.source, temperature, log_weight)
+    return random_schedule(problem, segments, most, seed)
+
+
+def options_of(case: Case) -> RunOptions:
+    given = checks.run_options(case, str(DEVICE))
+    if given["scale"] is None:
+        given["scale"] = case.head_dim**-0.5
+    return RunOptions(**given)
+
+
+def run(case: Case, schedule: Schedule, given: Tensors) -> Partial:
+    """What the kernels make of the schedule, on the CPU, in tensors full of NaN before."""
+    problem = problem_of(case)
+    heads, value_dim = problem.num_q_heads, problem.value_head_dim
+
+    def nan(rows: int, dtype: torch.dtype) -> Partial:
+        lse = torch.full((rows, heads), torch.nan, device=DEVICE)
+        return Partial(
+            torch.full((rows, heads, value_dim), torch.nan, device=DEVICE).to(dtype), lse
+        )
+
+    result = nan(len(given.q), problem.dtype)
+    parts = nan(schedule.num_partials, torch.float32)
+    q, k_cache = given.q.to(DEVICE), given.k_cache.to(DEVICE)
+    v_cache = given.v_cache.to(DEVICE)
+    if case.strides == "latent":
+        v_cache = k_cache[..., :value_dim]
+    launch_into(result, parts, problem, on_device(schedule), q, k_cache, v_cache, options_of(case))
+    return Partial(result.o.cpu(), result.lse.cpu())
+
+
+def on_device(schedule: Schedule) -> Schedule:
+    def moved(columns):
+        return type(columns)(*(c.to(DEVICE) if isinstance(c, torch.Tensor) else c for c in columns))
+
+    return schedule._replace(
+        rows=moved(schedule.rows),
+        entries=moved(schedule.entries),
+        units=tuple(moved(units) for units in schedule.units),
+        merges=moved(schedule.merges),
+    )
+
+
+@FEWER
+@given(cases(dtypes=KERNEL_DTYPES), seeds)
+def test_as_good_as_flat_attention_on_any_schedule(case: Case, seed: int) -> None:
+    inputs = tensors(case)
+    checks.assert_right(case, inputs, *run(case, schedule_of(case, seed), inputs))

@@ -50,7 +50,7 @@ class CudaClock:
 
     def ready(self, run: Run) -> tuple[Run, bool]:
         """What cannot be captured is timed as it is, launches and all."""
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             run()

@@ -11,7 +11,8 @@ HELP = "a device in one run: every kernel checked, its ceilings, the shapes of a
 DESCRIPTION = (
     "In one run of bounded length: checks every kind of attention kernel against float64 on fresh "
     "random tensors, measures what the device can do, and times the shapes of `bench attention`; "
-    "what the time does not suffice for is left out and counted. Exit status 1 if a check fails."
+    "what the time does not suffice for is left out and counted. Exit status 1 if a check fails or "
+    "ours cannot run."
 )
 EXIT_WRONG = 1
 EXIT_UNUSABLE = 2
@@ -82,7 +83,7 @@ def one_of(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when all checks passed, 1 when one did not, 2 for input that cannot be used."""
+    """0 when all went well, 1 when a check or ours failed, 2 for input that cannot be used."""
     try:
         import torch
 

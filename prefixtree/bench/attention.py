@@ -66,8 +66,8 @@ def measure_attention(
     flex_seconds: float,
     json_file: Path | None,
     plot_file: Path | None,
-) -> None:
-    """Measures every shape, prints a table, writes the files asked for.
+) -> bool:
+    """Measures every shape, prints a table, writes the files asked for. Whether ours always ran.
 
     Raises UnusableInput for files that cannot be written.
     """
@@ -82,6 +82,7 @@ def measure_attention(
     write_figures(json_file, figures(measured, ceilings, device, dtype))
     if plot_file is not None:
         attention_report.plot(measured, ceilings, plot_file)
+    return not any(one.failed for one in measured)
 
 
 def figures(

@@ -56,6 +56,7 @@ class Measured(NamedTuple):
         rounds: how often each contender ran.
         results: by contender; ours are the first, when they are there.
         missing: by contender why it has no result.
+        explained: what our plan says of its work, the seconds that its costs predict included.
     """
 
     shape: Shape
@@ -65,6 +66,12 @@ class Measured(NamedTuple):
     rounds: int
     results: dict[str, Result]
     missing: dict[str, str]
+    explained: dict[str, Any]
+
+    @property
+    def failed(self) -> bool:
+        """One of ours has no result."""
+        return Ours.name in self.missing or OursUnshared.name in self.missing
 
     @property
     def best_other(self) -> str | None:
@@ -104,6 +111,7 @@ class Measured(NamedTuple):
             "rounds": self.rounds,
             "contenders": results,
             "missing": self.missing,
+            "explained": self.explained,
             "best_other": self.best_other,
             "ratio": self.ratio(self.best_other),
         }
@@ -126,10 +134,7 @@ def makers_for(device: torch.device, flex_seconds: float, backend: str | None = 
 def measure_shape(
     shape: Shape, makers: Makers, clock: TensorClock, rounds: Rounds, inputs: Inputs
 ) -> Measured:
-    """Runs all contenders in turn, round after round; what one of the others raises is noted.
-
-    Errors of ours are not caught.
-    """
+    """Runs all contenders in turn, round after round; what one of them raises is noted."""
     exact = exact_sample(inputs)
     contenders: dict[str, Contender] = {}
     runs: dict[str, tuple[Run, bool]] = {}
@@ -144,17 +149,18 @@ def measure_shape(
         except Unavailable as reason:
             missing[name] = str(reason)
         except Exception as error:
-            if name in (Ours.name, OursUnshared.name):
-                raise
             missing[name] = f"{type(error).__name__}: {error}"
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     number = 0
-    for number in rounds:
+    for number in rounds if contenders else ():
         for name in in_turn(list(contenders), number):
             taken[name].append(clock.time(runs[name][0]))
     itemsize = inputs.dtype.itemsize
     ours = contenders.get(Ours.name)
-    tokens = ours.planned.kv_tokens_read if isinstance(ours, Ours) else int(shape.tree.length.sum())
+    tokens, explained = int(shape.tree.length.sum()), {}
+    if isinstance(ours, Ours):
+        tokens = ours.planned.kv_tokens_read
+        explained = ours.planned.explain().work._asdict()
     return Measured(
         shape=shape,
         kv_bytes=2 * shape.num_kv_heads * shape.head_dim * itemsize * tokens,
@@ -166,6 +172,7 @@ def measure_shape(
             for name, times in taken.items()
         },
         missing=missing,
+        explained=explained,
     )
 
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=count,
         metavar="N",
-        help="new tokens, at most; the median step counts (default: 10 on a CPU, 128 on CUDA)",
+        help="new tokens, at most; the median step counts (default: 10 on a CPU, 30 on CUDA)",
     )
     add(
         "--seconds",
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         decode.measure_decode(
             args.model or ("7b" if on_cuda else "tiny"),
             decode.points_of(sizes),
-            rounds=Rounds(args.steps or (128 if on_cuda else 10), args.seconds, CLOCKS[args.clock]),
+            rounds=Rounds(args.steps or (30 if on_cuda else 10), args.seconds, CLOCKS[args.clock]),
             dtype=dtype_named(args.dtype, device),
             device=device,
             backend=args.backend,

@@ -49,7 +49,8 @@ class Flex:
 
     def __init__(self, inputs: Inputs, allowance: Allowance) -> None:
         num_slots = inputs.k_cache.shape[0] * inputs.k_cache.shape[1]
-        if inputs.num_sequences * num_slots > MOST_COPIED[inputs.device.type]:
+        # The mask is made as booleans, with larger numbers on the way.
+        if 8 * inputs.num_sequences * num_slots > MOST_COPIED[inputs.device.type]:
             raise Unavailable("its mask would be too large")
         self.q, self.grouped = inputs.q, inputs.shape.num_q_heads != inputs.shape.num_kv_heads
         self.k, self.v = (rows.transpose(0, 1)[None] for rows in inputs.slot_rows())

@@ -35,7 +35,7 @@ class Deadline:
     def until_passed(self, items: Sequence[T], what: str) -> Iterator[T]:
         """The items as long as there is time, shown on stderr."""
         for item in tqdm(items, unit=f" {what}", leave=False):
-            if monotonic() > self.end:
+            if monotonic() >= self.end:
                 return
             yield item
 
@@ -69,7 +69,7 @@ def run_device(
     backend: str | None,
     json_file: Path | None,
 ) -> bool:
-    """Checks, measures the ceilings, times; prints a table last. Whether all checks passed.
+    """Checks, measures the ceilings, times; prints a table last. Whether all went well.
 
     What was found until then is written even when something raises.
     """
@@ -99,7 +99,9 @@ def run_device(
         if ceilings is not None:
             in_order = sorted(measured, key=lambda one: (one.shape.suite, one.shape.name))
             print(shapes_summary(in_order, len(work.shapes), ceilings, device, dtype), flush=True)
-    return not any(outcome.wrong for outcome in outcomes)
+    return not any(outcome.wrong for outcome in outcomes) and not any(
+        one.failed for one in measured
+    )
 
 
 def checks_summary(outcomes: Sequence[Outcome], total: int) -> str:

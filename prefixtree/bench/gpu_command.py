@@ -11,12 +11,15 @@ HELP = "a device in one run: every kernel checked, its ceilings, the shapes of a
 DESCRIPTION = (
     "In one run of bounded length: checks every kind of attention kernel against float64 on fresh "
     "random tensors, measures what the device can do, and times the shapes of `bench attention`; "
-    "what the time does not suffice for is left out and counted. Exit status 1 if a check fails."
+    "what the time does not suffice for is left out and counted. Exit status 1 if a check fails or "
+    "ours cannot run."
 )
 EXIT_WRONG = 1
 EXIT_UNUSABLE = 2
 QUICK_VARIANTS = 6
 """Every so many variants are checked in a quick run."""
+SECONDS_A_SHAPE = 3.0
+"""No more rounds of one shape after this long."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=21,
         metavar="N",
-        help=f"times that each shape is measured; the median is reported {default}",
+        help=f"times that each shape is measured, at most; the median is reported {default}",
     )
     add(
         "--flex-seconds",
@@ -80,7 +83,7 @@ def one_of(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when all checks passed, 1 when one did not, 2 for input that cannot be used."""
+    """0 when all went well, 1 when a check or ours failed, 2 for input that cannot be used."""
     try:
         import torch
 
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             else [],
             shapes=gpu.every(gpu.by_worth(shapes), *args.slice) if "shapes" in args.parts else [],
             makers=makers_for(device, 0.0 if args.quick else args.flex_seconds, args.backend),
-            rounds=Rounds(5 if args.quick else args.rounds, args.seconds),
+            rounds=Rounds(5 if args.quick else args.rounds, SECONDS_A_SHAPE),
             seconds=args.seconds,
             seed=int(torch.seed() % 2**31) if args.seed is None else args.seed,
         )

@@ -22,6 +22,8 @@ FloatArray = npt.NDArray[np.floating]
 class Segments(NamedTuple):
     """M segments of one or more tokens each, and R rows.
 
+    Their ranges of rows ascend by their begin, and those that enclose others stand before them.
+
     Attributes:
         block_size: tokens a block holds.
         blocks: int32, block ids of all nodes.

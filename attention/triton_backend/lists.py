@@ -74,13 +74,14 @@ def tile_lists(
     *,
     all_seen: bool,
     reserve: int,
+    growing: bool,
 ) -> tuple[Pieces, TileLists]:
     """The lists in which tiles read the chosen segments, ascending.
 
     Args:
         all_seen: see `is_all_seen`.
-        reserve: entries to keep free behind each list for each row of its tile, and how far the
-            rows may advance.
+        reserve: how far the rows may advance.
+        growing: the tiles read the tokens to come; as many entries are kept free for each row.
 
     O(M + overlaps of tiles and segments).
     """
@@ -113,7 +114,7 @@ def tile_lists(
     log2_width = _log2_width(parts, count, segments.block_size)
     shift = log2_width[parts.list]
     entries = _entries(_inside(segments, parts, shift), parts.length, shift)
-    spare = np.cumsum((rows.end - rows.begin) * reserve)
+    spare = np.cumsum((rows.end - rows.begin) * (reserve if growing else 0))
     before_list = np.append(0, spare[:-1])
     entry = np.cumsum(entries) - entries + before_list[parts.list]
     pieces = Pieces(

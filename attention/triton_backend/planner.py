@@ -96,12 +96,20 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
     if apart is not None:
         fat, chosen = fat_tiles(segments, apart, shape.fat_rows), (~apart.segments).nonzero()[0]
         lists = tile_lists(
-            problem, segments, apart.segments.nonzero()[0], fat, all_seen=all_seen, reserve=0
+            problem,
+            segments,
+            apart.segments.nonzero()[0],
+            fat,
+            all_seen=all_seen,
+            reserve=reserve,
+            growing=False,
         )
         kinds[shape.fat_rows] = _tiled(fat, *lists, shape.programs, fewest=0)
     if len(chosen):
         lean = lean_tiles(segments, apart, fat, shape.lean_rows, shape.programs)
-        lists = tile_lists(problem, segments, chosen, lean, all_seen=all_seen, reserve=reserve)
+        lists = tile_lists(
+            problem, segments, chosen, lean, all_seen=all_seen, reserve=reserve, growing=True
+        )
         kinds[shape.lean_rows] = _tiled(lean, *lists, shape.programs, fewest=min(reserve, 1))
 
     partials = np.zeros(len(segments.position), np.int64)

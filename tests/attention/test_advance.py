@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import Forest
@@ -77,6 +77,7 @@ def growths(draw: st.DrawFn) -> tuple[Segments, int, list[np.ndarray]]:
     return segments, len(used) // size, slots
 
 
+@settings(max_examples=60)
 @given(growths(), windows, shapes())
 def test_advancing_is_planning_again(
     growth: tuple[Segments, int, list[np.ndarray]],
@@ -95,6 +96,7 @@ def test_advancing_is_planning_again(
     check(work, grown(segments, slots), num_blocks)
 
 
+@settings(max_examples=40)
 @given(forests(), forests(), windows, shapes())
 def test_updating_is_planning_again_in_the_same_tensors(
     before: tuple[Forest, int], after: tuple[Forest, int], window: int | None, shape: Shape
@@ -183,6 +185,16 @@ def test_a_tail_grows_with_the_temperature_of_its_node() -> None:
         last = longer.blocks[[of_first + place // 4, of_second + place // 4]] * 4 + place % 4
         work.advance(last)
         check(work, segments_of(longer, temperature, weight), 40)
+
+
+def test_tails_where_nothing_is_read_by_lean_tiles() -> None:
+    # Two sequences end with the shared node, and a window of 1 leaves them no other token.
+    forest, num_blocks = build_forest(4, [Node(-1, 6)], [(0, 1), (0, 1)])
+    segments, slots = segments_of(forest), np.array([8, 12])
+    work = TritonWork(problem_of(window=1), segments, 1, shape=Shape(1, 2, 8, 1, FAT))
+    check(work, segments, num_blocks)
+    work.advance(slots)
+    check(work, grown(segments, [slots]), num_blocks)
 
 
 def test_only_single_queries_reserve() -> None:

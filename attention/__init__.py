@@ -4,6 +4,8 @@ from attention.algebra import IDENTITY, Partial, merge, scan
 from attention.errors import (
     InvalidForest,
     InvalidSlots,
+    PlanExhausted,
+    PlanFull,
     PlanMismatch,
     UnsupportedBackend,
     WriteMismatch,
@@ -24,6 +26,8 @@ __all__ = [
     "NodeSets",
     "Partial",
     "Plan",
+    "PlanExhausted",
+    "PlanFull",
     "PlanMismatch",
     "UnsupportedBackend",
     "WriteMismatch",

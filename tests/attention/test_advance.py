@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attention
 from attention import Forest
 from attention.errors import PlanExhausted, PlanFull, PlanMismatch
 from attention.segments import Segments, segments_of
@@ -225,3 +227,13 @@ def test_without_reserve_nothing_advances() -> None:
     work = TritonWork(problem_of(), decode_batch([3, 4]), shape=SHAPE)
     with pytest.raises(PlanExhausted, match="advanced 0 times"):
         work.advance(np.array([200, 204]))
+
+
+def test_other_backends_reserve_nothing() -> None:
+    forest, _ = build_forest(4, [Node(-1, 9)], [(0, 1)])
+    heads = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8, "dtype": torch.float32}
+    for backend in ("torch", "reference"):
+        with pytest.raises(PlanMismatch, match=f"reserve is 3, expected 0 for .*{backend}"):
+            attention.plan(forest, backend=backend, reserve=3, **heads)
+        with pytest.raises(PlanExhausted, match=backend):
+            attention.plan(forest, backend=backend, **heads).advance(np.array([12]))

@@ -74,33 +74,38 @@ def tile_lists(
     *,
     all_seen: bool,
     reserve: int,
+    growing: bool,
 ) -> tuple[Pieces, TileLists]:
     """The lists in which tiles read the chosen segments, ascending.
 
     Args:
         all_seen: see `is_all_seen`.
-        reserve: entries to keep free behind each list for each row of its tile, and how far the
-            rows may advance.
+        reserve: how far the rows may advance.
+        growing: the tiles read the tokens to come; as many entries are kept free for each row.
 
     O(M + overlaps of tiles and segments).
     """
     row_begin, row_end = segments.row_begin[chosen], segments.row_end[chosen]
-    first = np.searchsorted(tiling.end, row_begin, side="right")
-    last = np.searchsorted(tiling.begin, row_end, side="left") - 1
+    tile_of_row = np.repeat(np.arange(len(tiling.begin)), tiling.end - tiling.begin)
+    first, last = tile_of_row[row_begin], tile_of_row[row_end - 1]
     list_of_tile = _shared_lists(first, last, len(tiling.begin), problem)
     new = np.append(True, list_of_tile[1:] != list_of_tile[:-1])
     begin = tiling.begin[new]
     rows = Tiling(begin, np.append(begin[1:], tiling.end[-1]))
     num_lists = len(begin)
 
-    index, ordinal = expand(list_of_tile[last] - list_of_tile[first] + 1)
-    of = list_of_tile[first][index] + ordinal
+    of, segment = list_of_tile[first], chosen
+    count = list_of_tile[last] - of + 1
+    if (count > 1).any():
+        index, ordinal = expand(count)
+        of, segment = of[index] + ordinal, chosen[index]
+        row_begin, row_end = row_begin[index], row_end[index]
     whole = _Parts(
         of,
-        chosen[index],
+        segment,
         np.zeros_like(of),
-        segments.length[chosen[index]],
-        (row_begin[index] <= rows.begin[of]) & (row_end[index] >= rows.end[of]),
+        segments.length[segment],
+        (row_begin <= rows.begin[of]) & (row_end >= rows.end[of]),
     )
     parts = whole if all_seen else _visible(problem, segments, whole, rows, reserve)
     parts = parts.take(np.argsort(parts.list * 2 + ~parts.full, kind="stable"))
@@ -109,7 +114,7 @@ def tile_lists(
     log2_width = _log2_width(parts, count, segments.block_size)
     shift = log2_width[parts.list]
     entries = _entries(_inside(segments, parts, shift), parts.length, shift)
-    spare = np.cumsum((rows.end - rows.begin) * reserve)
+    spare = np.cumsum((rows.end - rows.begin) * (reserve if growing else 0))
     before_list = np.append(0, spare[:-1])
     entry = np.cumsum(entries) - entries + before_list[parts.list]
     pieces = Pieces(
@@ -210,7 +215,7 @@ def _log2_width(parts: _Parts, count: Int64Array, block_size: int) -> Int64Array
     tokens = _sums(parts.list, parts.length, len(count))
     # frexp gives the exponent of the next higher power of two.
     exponent = np.frexp(tokens // np.maximum(count * ENTRIES_PER_PIECE, 1))[1] - 1
-    width: Int64Array = np.clip(exponent, 0, most).astype(np.int64)
+    width: Int64Array = np.minimum(np.maximum(exponent, 0), most).astype(np.int64)
     return width
 
 

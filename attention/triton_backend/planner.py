@@ -94,14 +94,22 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
     apart = read_apart(segments, shape.lean_rows, shape.fat_rows, shape.costs, all_lean=reserve > 0)
     fat, chosen = None, np.arange(len(segments.length))
     if apart is not None:
-        fat, chosen = fat_tiles(segments, apart, shape.fat_rows), np.flatnonzero(~apart)
+        fat, chosen = fat_tiles(segments, apart, shape.fat_rows), (~apart.segments).nonzero()[0]
         lists = tile_lists(
-            problem, segments, np.flatnonzero(apart), fat, all_seen=all_seen, reserve=0
+            problem,
+            segments,
+            apart.segments.nonzero()[0],
+            fat,
+            all_seen=all_seen,
+            reserve=reserve,
+            growing=False,
         )
         kinds[shape.fat_rows] = _tiled(fat, *lists, shape.programs, fewest=0)
     if len(chosen):
         lean = lean_tiles(segments, apart, fat, shape.lean_rows, shape.programs)
-        lists = tile_lists(problem, segments, chosen, lean, all_seen=all_seen, reserve=reserve)
+        lists = tile_lists(
+            problem, segments, chosen, lean, all_seen=all_seen, reserve=reserve, growing=True
+        )
         kinds[shape.lean_rows] = _tiled(lean, *lists, shape.programs, fewest=min(reserve, 1))
 
     partials = np.zeros(len(segments.position), np.int64)

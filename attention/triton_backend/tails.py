@@ -96,17 +96,20 @@ def place_tails(
 
     tile = np.repeat(np.arange(len(rows.begin)), rows.end - rows.begin)
     width = 1 << lists.log2_width[tile]
-    piece = piece_of[segment]
-    empty = piece < 0
-    length, entries = pieces.length[piece], pieces.entries[piece]
-    place = segments.offset[segment] + segments.length[segment] - 1
-    in_last = np.where(entries > 1, (place & width - 1) + 1, length)
-    size = segments.block_size
-    block = segments.blocks[segments.first_block[segment] + np.maximum(place, 0) // size]
+    entry, length, next_slot = (np.full(num_rows, none) for none in (-1, 0, -1))
+    row = np.flatnonzero(piece_of[segment] >= 0)
+    of, piece = segment[row], piece_of[segment[row]]
+    entries, size = pieces.entries[piece], segments.block_size
+    # Where the last token is, from the begin of its segment's first block.
+    place = segments.offset[of] + segments.length[of] - 1
+    block = segments.blocks[segments.first_block[of] + place // size].astype(np.int64)
+    entry[row] = pieces.entry[piece] + entries - 1
+    length[row] = np.where(entries > 1, (place & width[row] - 1) + 1, pieces.length[piece])
+    next_slot[row] = block * size + place % size + 1
     return Tails(
-        entry=np.where(empty, -1, pieces.entry[piece] + entries - 1),
-        length=in_last,
-        next_slot=np.where(empty, -1, block.astype(np.int64) * size + place % size + 1),
+        entry=entry,
+        length=length,
+        next_slot=next_slot,
         width=width,
         segment=segment,
         tile=tile,

@@ -36,9 +36,23 @@ class Tiling(NamedTuple):
     end: Int64Array
 
 
+class Apart(NamedTuple):
+    """What fat tiles read.
+
+    Attributes:
+        segments: bool [M].
+        rows: bool [R], rows of trees in which there are such segments.
+        tree_begin: int64, first row of each tree.
+    """
+
+    segments: BoolArray
+    rows: BoolArray
+    tree_begin: Int64Array
+
+
 def read_apart(
     segments: Segments, lean_rows: int, fat_rows: int, costs: Costs, *, all_lean: bool
-) -> BoolArray | None:
+) -> Apart | None:
     """Which segments are read by fat tiles, the others by lean ones; None: all by lean ones.
 
     It is those of more rows than a lean tile has, in the trees for which that pays: rows that read
@@ -47,52 +61,62 @@ def read_apart(
     Args:
         all_lean: every row has a lean tile in any case.
     """
-    begin, end, length = segments.row_begin, segments.row_end, segments.length
-    size = end - begin
+    size = segments.row_end - segments.row_begin
     shared = size > lean_rows
-    if fat_rows <= lean_rows or not shared.any():
+    (large,) = shared.nonzero()
+    if fat_rows <= lean_rows or not len(large):
         return None
-    num_rows = len(segments.position)
+    root = _roots(segments)
+    tree_begin = segments.row_begin[root]
+    tree_size = segments.row_end[root] - tree_begin
+    tree = np.searchsorted(tree_begin, segments.row_begin[large], side="right") - 1
+    length, size = segments.length[large], size[large]
     lean_reads, fat_reads = -(-size // lean_rows), -(-size // fat_rows)
-    tree_begin = np.flatnonzero(_crossing(begin, end, num_rows)[:-1] == 0)
-    tree = np.searchsorted(tree_begin, begin, side="right") - 1
-    both = _covered(begin[shared], end[shared], num_rows)
+    trees = len(root)
+    # The first reading of a segment is from memory, the others are from a cache.
+    alone = np.add.reduceat(segments.length, root) * costs.load
+    alone += np.bincount(tree, length * (lean_reads - 1), trees) * costs.reload
+    saved = np.bincount(tree, length * (lean_reads - fat_reads), trees) * costs.reload
+    both = tree_size
     if not all_lean:
-        both &= _covered(begin[~shared], end[~shared], num_rows)
-
-    alone = np.bincount(tree, length * (costs.load + (lean_reads - 1) * costs.reload))
-    saved = np.bincount(tree, shared * (lean_reads - fat_reads) * length) * costs.reload
-    saved -= np.add.reduceat(both, tree_begin, dtype=np.int64) * 2 * costs.partial
-    pays = saved >= (1 - WORTHWHILE) * alone
-    if saved[pays].sum() < 2 * costs.launch:  # of the second kind of tiles, and of the merge
+        lean = _covered(
+            segments.row_begin[~shared], segments.row_end[~shared], int(tree_size.sum())
+        )
+        both = np.add.reduceat(lean, tree_begin, dtype=np.int64)
+    # Without a shared segment, a tree saves nothing and has nothing of both kinds.
+    saved -= both * 2 * costs.partial
+    pays = (saved >= (1 - WORTHWHILE) * alone) & (np.bincount(tree, minlength=trees) > 0)
+    if not pays.any() or saved[pays].sum() < 2 * costs.launch:  # of fat tiles, and of the merge
         return None
-    apart: BoolArray = shared & pays[tree]
-    return apart
+    if pays.all():
+        return Apart(shared, np.ones(len(segments.position), np.bool_), tree_begin)
+    shared[large[~pays[tree]]] = False
+    return Apart(shared, np.repeat(pays, tree_size), tree_begin)
 
 
-def fat_tiles(segments: Segments, apart: BoolArray, rows_per_tile: int) -> Tiling:
+def fat_tiles(segments: Segments, apart: Apart, rows_per_tile: int) -> Tiling:
     """Tiles of the rows of segments that are read apart; what lies between them is one tile each.
 
     No tile reaches over two trees, nor ends inside a segment that is left to lean tiles.
     """
-    begin, end, length = segments.row_begin, segments.row_end, segments.length
-    num_rows = len(segments.position)
-    tiled = _covered(begin[apart], end[apart], num_rows)
-    borders = _changes(tiled)
-    borders[:-1] |= tiled & (_crossing(begin, end, num_rows)[:-1] == 0)
-    together = length > tokens_above(segments)
+    borders = _changes(apart.rows)
+    borders[apart.tree_begin] |= apart.rows[apart.tree_begin]
+    (chosen,) = apart.segments.nonzero()
+    begin, end = segments.row_begin[chosen], segments.row_end[chosen]
+    together = segments.length[chosen] > tokens_above(segments)[chosen]
     small = end - begin <= rows_per_tile
-    big = np.flatnonzero(apart & together & ~small)
+    (big,) = (together & ~small).nonzero()
     borders[begin[big]] = borders[end[big]] = True
-    kept = np.flatnonzero(~apart | (together & small))
-    blocked = _crossing(begin[kept], end[kept], num_rows) > 0
+    kept = ~apart.segments
+    kept[chosen[together & small]] = True
     # What the rows of trees without fat tiles keep together is no concern of these.
-    return _cut(np.flatnonzero(borders), tiled, rows_per_tile, blocked)
+    blocked = _inside(segments.row_begin[kept], segments.row_end[kept], len(apart.rows))
+    return _cut(borders, apart.rows, rows_per_tile, blocked)
 
 
 def lean_tiles(
     segments: Segments,
-    apart: BoolArray | None,
+    apart: Apart | None,
     within: Tiling | None,
     rows_per_tile: int,
     programs: int,
@@ -107,30 +131,29 @@ def lean_tiles(
     above = tokens_above(segments)
     if apart is None or within is None:
         tiled = np.ones(num_rows, np.bool_)
-        borders = np.zeros(num_rows + 1, np.bool_)
-        borders[[0, -1]] = True
+        borders = _changes(tiled)
     else:
-        below_fat = _covered(begin[apart], end[apart], num_rows)
-        lean = np.flatnonzero(~apart)
-        begin, end, length = begin[lean], end[lean], length[lean]
-        above = np.where(below_fat[begin], 0, above[lean])
+        (lean,) = (~apart.segments).nonzero()
+        begin, end, length, above = begin[lean], end[lean], length[lean], above[lean]
+        above = np.where(apart.rows[begin], 0, above)
         tiled = _covered(begin, end, num_rows)
         borders = _changes(tiled)
         borders[within.begin] = True
     together = length > above
     small = end - begin <= rows_per_tile
-    big = np.flatnonzero(together & ~small)
+    (big,) = (together & ~small).nonzero()
     borders[begin[big]] = borders[end[big]] = True
-    blocked = _crossing(begin[together & small], end[together & small], num_rows) > 0
+    together &= small
+    blocked = _inside(begin[together], end[together], num_rows)
 
     own = np.zeros(num_rows + 1, np.int64)
-    own[1:] = np.cumsum(np.bincount(begin, length, num_rows))
+    own[1:] = np.bincount(begin, length, num_rows).cumsum()
     tokens = own[end] - own[begin]
     few = min(TILE_TOKENS, int(own[-1]) // (4 * programs)) // rows_per_tile
-    alone = np.flatnonzero(small & (tokens > few) & (tokens > (LITTLE_SHARED + 1) * above))
+    (alone,) = (small & (tokens > few) & (tokens > (LITTLE_SHARED + 1) * above)).nonzero()
     for border in (begin[alone], end[alone]):
         borders[border] |= ~blocked[border]
-    return _cut(np.flatnonzero(borders), tiled, rows_per_tile, blocked)
+    return _cut(borders, tiled, rows_per_tile, blocked)
 
 
 def is_nested(segments: Segments) -> bool:
@@ -144,17 +167,30 @@ def tokens_above(segments: Segments) -> Int64Array:
     return segments.start if is_nested(segments) else np.zeros_like(segments.start)
 
 
-def _cut(borders: Int64Array, tiled: BoolArray, rows_per_tile: int, blocked: BoolArray) -> Tiling:
-    """Cut the rows between borders, where they are tiled, at borders that are not blocked.
+def _roots(segments: Segments) -> Int64Array:
+    """The segments that no other lies above, by their rows; those below follow each of them."""
+    if is_nested(segments):
+        return np.flatnonzero(segments.round == 0)
+    return np.arange(len(segments.length))
 
-    Between two borders that are not blocked lie at most rows_per_tile rows.
+
+def _cut(is_border: BoolArray, tiled: BoolArray, rows_per_tile: int, blocked: BoolArray) -> Tiling:
+    """Cut the rows between borders, where they are tiled, at places that are not blocked.
+
+    Between two places that are not blocked lie at most rows_per_tile rows.
     """
+    (borders,) = is_border.nonzero()
     most = np.where(tiled[borders[:-1]], rows_per_tile, len(tiled))
-    pieces = cut(np.diff(borders), most)
-    begin = borders[pieces.source] + pieces.begin
-    if blocked[begin].any():
-        begin = _fill(borders, most, blocked)
-    return Tiling(begin, np.append(begin[1:], len(tiled)))
+    size = borders[1:] - borders[:-1]
+    begin = borders[:-1]
+    if (size > most).any():
+        pieces = cut(size, most)
+        begin = begin[pieces.source] + pieces.begin
+        if blocked[begin].any():
+            begin = _fill(borders, most, blocked)
+    end = np.empty_like(begin)
+    end[:-1], end[-1] = begin[1:], len(tiled)
+    return Tiling(begin, end)
 
 
 def _fill(borders: Int64Array, most: Int64Array, blocked: BoolArray) -> Int64Array:
@@ -176,18 +212,19 @@ def _fill(borders: Int64Array, most: Int64Array, blocked: BoolArray) -> Int64Arr
     return begins
 
 
-def _crossing(begin: Int64Array, end: Int64Array, num_rows: int) -> Int64Array:
-    """For each border 0 to num_rows, how many ranges it lies inside of."""
+def _inside(begin: Int64Array, end: Int64Array, num_rows: int) -> BoolArray:
+    """Which of the borders 0 to num_rows lie inside some range."""
     change = np.bincount(begin + 1, minlength=num_rows + 2)
     change -= np.bincount(end, minlength=num_rows + 2)
-    return np.cumsum(change[:-1])
+    inside: BoolArray = change[:-1].cumsum() > 0
+    return inside
 
 
 def _covered(begin: Int64Array, end: Int64Array, num_rows: int) -> BoolArray:
     """Which rows lie in some range."""
     change = np.bincount(begin, minlength=num_rows + 1)
     change -= np.bincount(end, minlength=num_rows + 1)
-    covered: BoolArray = np.cumsum(change[:-1]) > 0
+    covered: BoolArray = change[:-1].cumsum() > 0
     return covered
 
 

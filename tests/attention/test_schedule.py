@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import Forest, NodeSets
@@ -122,6 +122,7 @@ def check(work: TritonWork, segments: Segments, num_blocks: int) -> np.ndarray:
     return reads
 
 
+@settings(max_examples=40)
 @given(forests(), windows, st.sampled_from((0, 3, 20)), shapes())
 def test_every_query_sees_what_it_should(
     forest: tuple[Forest, int], window: int | None, sink_tokens: int, shape: Shape
@@ -131,6 +132,7 @@ def test_every_query_sees_what_it_should(
     check(work, segments, forest[1])
 
 
+@settings(max_examples=40)
 @given(forests(), windows, st.sampled_from((0, 3, 20)))
 def test_under_one_tile_each_token_is_read_once(
     forest: tuple[Forest, int], window: int | None, sink_tokens: int
@@ -175,6 +177,7 @@ def node_sets(draw: st.DrawFn) -> tuple[NodeSets, int]:
     return sets, num_blocks
 
 
+@settings(max_examples=40)
 @given(node_sets(), windows, st.sampled_from((0, 3, 20)), shapes())
 def test_sets_of_nodes(
     sets: tuple[NodeSets, int], window: int | None, sink_tokens: int, shape: Shape
@@ -183,6 +186,7 @@ def test_sets_of_nodes(
     check(TritonWork(problem_of(window, sink_tokens), segments, shape=shape), segments, sets[1])
 
 
+@settings(max_examples=40)
 @given(forests() | node_sets(), shapes(), st.integers(0, 99))
 def test_temperatures_and_weights(
     source: tuple[Forest | NodeSets, int], shape: Shape, seed: int

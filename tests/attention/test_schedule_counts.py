@@ -144,3 +144,10 @@ def test_large_shapes_load_every_token_that_is_seen(name: str, window: int | Non
     work = TritonWork(problem, segments)
     assert work.kv_tokens_loaded >= tokens_read(problem, segments)
     assert str(work.summary())
+
+
+def test_no_fat_tile_ends_inside_what_a_lean_tile_reads() -> None:
+    # 40 nodes of 3 leaves: a fat tile of 32 rows holds 10 of them whole, and 4 tiles hold them all.
+    work = TritonWork(problem_of(32, 8), segments_of(level_shape((1, 40, 120), (2000, 100, 40))))
+    assert [units.rows_per_tile for units in work.schedule.units] == [32, 4]
+    assert work.kv_tokens_loaded == 4 * 2000 + 40 * 100 + 120 * 40

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import Forest
@@ -99,6 +99,7 @@ tiles = st.sampled_from((1, 3, 16))
 block_ns = st.sampled_from((4, 16, 64))
 
 
+@settings(max_examples=40)
 @given(forests(), windows, sinks, tiles, block_ns)
 def test_alone_or_with_others_is_the_same(
     forest: tuple[Forest, int], window: int | None, sink_tokens: int, lean_rows: int, block_n: int
@@ -114,6 +115,7 @@ def test_over_chunks(window: int | None, sink_tokens: int) -> None:
     assert_invariant(forest, window, sink_tokens, 16, 64)
 
 
+@settings(max_examples=40)
 @given(forests() | node_sets(), windows, sinks, tiles, block_ns)
 def test_every_query_sees_what_it_should(
     source: tuple[Forest, int], window: int | None, sink_tokens: int, lean_rows: int, block_n: int

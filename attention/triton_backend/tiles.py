@@ -145,7 +145,7 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
     half = limits.shared // 2
     fewest = max(16, power_of_two_from(heads))
     if problem.dtype == torch.float32:  # no tensor cores: products are held in registers
-        lean = tile(fewest, 32, 8, half)
+        lean = tile(fewest, 16, 8, half)
         fat = tile(max(fewest, 32), 16, 8, limits.shared)
         return Tiles(heads, lean, fat, fat)
     wide = head_dim + value_dim > 256
@@ -157,7 +157,9 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
     )
     if fewest == fat.block_m:
         return Tiles(heads, fat, fat, fat)
-    lean_tokens = min(128, max(32, power_of_two_up_to(32 * _KIB // token_bytes)))
+    # Float8 is converted in registers, which do not hold more tokens for it.
+    in_registers = (head_dim + value_dim) * problem.dtype.itemsize
+    lean_tokens = min(128, max(32, power_of_two_up_to(32 * _KIB // in_registers)))
     if value_dim > 256:  # too wide for two programs
         lean = tile(fewest, lean_tokens, 8, limits.shared)
     else:

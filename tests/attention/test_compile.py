@@ -13,8 +13,14 @@ import pytest
 from attention.triton_backend.tiles import shared_memory
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Accumulators of 64 rows of 512 columns leave no room: 30 values wait in memory, in L1.
-STACK = {("sm_90", "latent"): 128, ("sm_100", "latent"): 128, ("sm_100", "fat"): 128}
+# Bytes that registers do not hold: next to 64 rows of 512 columns on sm_90 and in tensor memory's
+# way through them on sm_100, a few dozen values wait in the first cache.
+STACK = {
+    ("sm_80", "everything"): 16,
+    ("sm_90", "latent"): 128,
+    ("sm_100", "latent"): 128,
+    ("sm_100", "fat"): 128,
+}
 
 
 @cache
@@ -45,6 +51,6 @@ def test_compiles_within_the_registers_and_shared_memory(arch: str, tmp_path: Pa
             assert variant["segment"]["matrix"] > 0, variant
         if arch == "sm_90":
             # Keys and values come 16 bytes a thread, straight to shared memory.
-            assert variant["segment"]["copies"] > 0, variant
+            assert variant["segment"]["copies"] > 0 or variant["variant"] == "float32", variant
             if variant["variant"] in ("fat", "latent"):
                 assert variant["segment"]["wgmma"] > 0, variant

@@ -1,8 +1,11 @@
 """The kernels on schedules cut at random: right against float64, whatever is poisoned."""
 
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +17,9 @@ from attention.problem import Problem
 from attention.segments import segments_of
 from attention.triton_backend.launch import launch_into
 from attention.triton_backend.tiles import tiles_for
-from attention.triton_backend.units import Schedule
+from attention.triton_backend.units import Entries, Schedule
 from tests.attention import checks, unit_reference
-from tests.attention.random_schedules import random_schedule
+from tests.attention.random_schedules import SPARE, random_schedule
 from tests.attention.strategies import (
     Case,
     Tensors,
@@ -91,7 +94,7 @@ def run(case: Case, schedule: Schedule, given: Tensors) -> Partial:
 
 
 def on_device(schedule: Schedule) -> Schedule:
-    def moved(columns):
+    def moved(columns: Any) -> Any:
         return type(columns)(*(c.to(DEVICE) if isinstance(c, torch.Tensor) else c for c in columns))
 
     return schedule._replace(
@@ -152,3 +155,84 @@ def test_the_same_bits_on_every_run(case: Case, seed: int) -> None:
     first, second = run(case, schedule, inputs), run(case, schedule, inputs)
     assert torch.equal(first.o, second.o)
     assert torch.equal(first.lse, second.lse)
+
+
+@FEWER
+@given(kernel_cases, seeds)
+def test_a_row_has_the_same_bits_whatever_stands_beside_it(case: Case, seed: int) -> None:
+    """Other queries in its tile, and entries that it does not see behind its own."""
+    inputs, schedule = tensors(case), schedule_of(case, seed)
+    o, lse = run(case, schedule, inputs)
+    others = inputs.q.flip(1) * 2
+    others[0] = inputs.q[0]
+    beside_o, beside_lse = run(case, schedule, inputs._replace(q=others))
+    assert torch.equal(beside_o[0], o[0])
+    assert torch.equal(beside_lse[0], lse[0])
+    more_o, more_lse = run(case, with_unseen_entries(schedule), inputs)
+    assert torch.equal(more_o, o)
+    assert torch.equal(more_lse, lse)
+
+
+def with_unseen_entries(schedule: Schedule) -> Schedule:
+    """Every unit of the schedule with two more entries that have tokens, but no row."""
+    taken: list[int] = []
+    unseen: list[bool] = []
+    changed = []
+    for units in schedule.units:
+        columns = {"entry_begin": [0] * SPARE, "entry_mid": [0] * SPARE, "entry_end": [0] * SPARE}
+        for unit in range(int(units.size)):
+            begin, middle, end = (int(units[column][unit]) for column in (3, 4, 5))
+            real = [e for e in range(begin, end) if schedule.entries.length[e] > 0][:1] * 2
+            first = len(taken)
+            taken += [*range(begin, end), *real]
+            unseen += [False] * (end - begin) + [True] * len(real)
+            spans = (first, first + middle - begin, len(taken))
+            for column, value in zip(columns.values(), spans, strict=True):
+                column.insert(unit, value)
+        tensors = {name: torch.tensor(of, dtype=torch.int32) for name, of in columns.items()}
+        changed.append(units._replace(**tensors))
+    entries = Entries(*(None if of is None else of[taken] for of in schedule.entries))
+    hidden = torch.tensor(unseen, dtype=torch.bool)
+    return schedule._replace(
+        units=tuple(changed),
+        entries=entries._replace(
+            row_begin=entries.row_begin.masked_fill(hidden, 0),
+            row_end=entries.row_end.masked_fill(hidden, 0),
+        ),
+    )
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter loads")
+@FEWER
+@given(kernel_cases, seeds)
+def test_each_slot_is_loaded_as_often_as_the_schedule_says(case: Case, seed: int) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    inputs, schedule, problem = tensors(case), schedule_of(case, seed), problem_of(case)
+    loaded: list[np.ndarray] = []
+    load = InterpreterBuilder.create_masked_load
+
+    def counting(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        loaded.append(pointers.data[mask.data].astype(np.int64))
+        return load(builder, pointers, mask, *rest)
+
+    with patch.object(InterpreterBuilder, "create_masked_load", counting):
+        run(case, schedule, inputs)
+    k_cache = inputs.k_cache
+    block, *inner = k_cache.stride()[:3]
+    slot_stride, head_stride = inner if case.layout == "NHD" else inner[::-1]
+    block_size = case.source.block_size
+    slots = np.arange(case.num_blocks * block_size)
+    first = slots // block_size * block + slots % block_size * slot_stride
+    first = first[:, None] + np.arange(problem.num_kv_heads) * head_stride
+    places = k_cache.data_ptr() + first * k_cache.element_size()
+    addresses, counts = np.unique(np.concatenate(loaded), return_counts=True)
+    at = np.searchsorted(addresses, places).clip(max=len(addresses) - 1)
+    found = np.where(addresses[at] == places, counts[at], 0)
+
+    expected = np.zeros(len(slots), np.int64)
+    unit_reference.execute(
+        problem, schedule, len(inputs.q), *inputs, options_of(case), reads=expected
+    )
+    assert expected.any()
+    assert (found == expected[:, None]).all()

@@ -7,7 +7,6 @@ import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
-from attention.errors import PlanExhausted
 from attention.explain import WorkSummary
 from attention.options import RunOptions
 from attention.problem import Problem
@@ -104,10 +103,6 @@ class TorchWork:
             kv_tokens_loaded=int(self.items.kv_len.sum()),
             partials=0,
         )
-
-    def advance(self, slots: npt.NDArray[Any]) -> None:
-        """Raise PlanExhausted: this backend reserves no room."""
-        raise PlanExhausted(f"the backend {self.name!r} makes a new plan for each step")
 
 
 def _kinds(segments: Segments) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

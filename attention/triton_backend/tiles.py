@@ -73,25 +73,28 @@ class _Arch(NamedTuple):
         fat_rows: rows of a fat tile, where its accumulators fit in registers.
         max_stages: stages of loads; the last one computes, the others have a buffer each.
         fat_warps: warps of a fat tile.
+        wide_stages: most stages where values are wider than 256, as in latent attention: what
+            accumulators need of shared memory differs between architectures.
     """
 
     shared: int
     fat_rows: int
     max_stages: int
     fat_warps: int
+    wide_stages: int
 
 
 _ARCHS = {
-    "sm_80": _Arch(163 * _KIB, 128, 4, 8),
-    "sm_87": _Arch(163 * _KIB, 128, 4, 8),
-    "sm_90": _Arch(227 * _KIB, 128, 4, 8),
-    "sm_100": _Arch(227 * _KIB, 128, 4, 8),
-    "sm_103": _Arch(227 * _KIB, 128, 4, 8),
-    "gfx942": _Arch(64 * _KIB, 128, 2, 4),
-    "gfx950": _Arch(160 * _KIB, 128, 2, 4),
+    "sm_80": _Arch(163 * _KIB, 128, 4, 8, 2),
+    "sm_87": _Arch(163 * _KIB, 128, 4, 8, 2),
+    "sm_90": _Arch(227 * _KIB, 128, 4, 8, 3),
+    "sm_100": _Arch(227 * _KIB, 128, 4, 8, 2),
+    "sm_103": _Arch(227 * _KIB, 128, 4, 8, 2),
+    "gfx942": _Arch(64 * _KIB, 128, 2, 4, 2),
+    "gfx950": _Arch(160 * _KIB, 128, 2, 4, 2),
 }
-_OTHER_CUDA = _Arch(99 * _KIB, 64, 3, 8)  # the least of any since sm_80
-_OTHER_HIP = _Arch(64 * _KIB, 64, 2, 4)
+_OTHER_CUDA = _Arch(99 * _KIB, 64, 3, 8, 2)  # the least of any since sm_80
+_OTHER_HIP = _Arch(64 * _KIB, 64, 2, 4, 2)
 
 
 @lru_cache
@@ -134,14 +137,15 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
         while block_n > 16 and query_bytes + block_n * token_bytes > shared:
             block_n //= 2
         buffers = max(0, shared - query_bytes) // (block_n * token_bytes)
-        num_stages = min(limits.max_stages, 1 + buffers)
+        most = limits.wide_stages if value_dim > 256 else limits.max_stages
+        num_stages = min(most, 1 + buffers)
         return Tile(block_m, block_n, num_warps, num_stages, block_m // heads)
 
     # Two programs of a lean tile share a multiprocessor: one loads while the other one computes.
     half = limits.shared // 2
     fewest = max(16, power_of_two_from(heads))
     if problem.dtype == torch.float32:  # no tensor cores: products are held in registers
-        lean = tile(fewest, 32, 8, half)
+        lean = tile(fewest, 16, 8, half)
         fat = tile(max(fewest, 32), 16, 8, limits.shared)
         return Tiles(heads, lean, fat, fat)
     wide = head_dim + value_dim > 256
@@ -153,7 +157,9 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
     )
     if fewest == fat.block_m:
         return Tiles(heads, fat, fat, fat)
-    lean_tokens = min(128, max(32, power_of_two_up_to(32 * _KIB // token_bytes)))
+    # Float8 is converted in registers, which do not hold more tokens for it.
+    in_registers = (head_dim + value_dim) * problem.dtype.itemsize
+    lean_tokens = min(128, max(32, power_of_two_up_to(32 * _KIB // in_registers)))
     if value_dim > 256:  # too wide for two programs
         lean = tile(fewest, lean_tokens, 8, limits.shared)
     else:

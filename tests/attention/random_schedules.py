@@ -108,7 +108,8 @@ def _add_units(
     entries: list[_Entry],
     parts: np.ndarray,
 ) -> None:
-    log2_width = int(rng.integers(0, 8))
+    # Not much wider than runs are: lanes without a token cost the interpreter time.
+    log2_width = int(rng.integers(0, segments.block_size.bit_length() + 2))
     own = segments.position[tile.start : tile.stop]
     full, masked = [], []
     for segment in chosen:

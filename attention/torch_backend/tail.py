@@ -83,29 +83,33 @@ class Tail:
         first_position = self.position + 1 - tokens
         if rows is not None:
             first_position = first_position[rows]
+        mask = self._mask(first_position)
+        # One tensor each, of which every call takes its part.
+        ids, positions = self._tensor(slots.reshape(-1)), self._tensor(first_position)
+        index = None if rows is None else self._tensor(rows)
+        weights = None
+        if log_weight:
+            weights = torch.full((len(slots),), log_weight, dtype=problem.precision)
+            weights = weights.to(problem.device)
         size = max(1, min(GATHER_BYTES // (tokens * problem.token_bytes), MAX_QUERIES))
         groups = []
         for begin in range(0, len(slots), size):
-            of = slice(begin, begin + size)
-            some, count = slots[of], len(slots[of])
+            end = min(begin + size, len(slots))
+            of = slice(begin, end)
             groups.append(
                 Group(
-                    size=count,
+                    size=end - begin,
                     queries=1,
                     tokens=tokens,
-                    kv=Gathered(self._tensor(some.reshape(-1)), 1, None),
-                    mask=self._mask(first_position[of]),
-                    first_query=begin if rows is None else None,
-                    query_index=None if rows is None else self._tensor(rows[of]),
+                    kv=Gathered(ids[begin * tokens : end * tokens], 1, None),
+                    mask=None if mask is None else mask[of],
+                    first_query=begin if index is None else None,
+                    query_index=None if index is None else index[of],
                     rows=None,
                     targets=None,
-                    first_position=self._tensor(first_position[of]),
+                    first_position=positions[of],
                     temperature=temperature,
-                    log_weight=torch.full((count,), log_weight, dtype=problem.precision).to(
-                        problem.device
-                    )
-                    if log_weight
-                    else None,
+                    log_weight=None if weights is None else weights[of],
                 )
             )
         return groups

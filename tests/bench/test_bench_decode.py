@@ -30,8 +30,8 @@ SHAPE = ModelShape(layers=2, hidden=64, num_q_heads=4, num_kv_heads=2, intermedi
 SCENARIOS = {
     "batch": Scenario(33, samples=5),
     "single": Scenario(1),
-    "two levels": Scenario(40, 7, problems=3, samples=2),
-    "one level": Scenario(40, 7, problems=3, samples=2, shares_problem=False),
+    "two levels": Scenario(40, 70, problems=3, samples=2),
+    "one level": Scenario(40, 70, problems=3, samples=2, shares_problem=False),
 }
 
 
@@ -118,6 +118,8 @@ def test_sharing_changes_the_time_and_not_the_tokens(scenario: Scenario) -> None
         for _ in range(6):
             decoding.step()
             tokens.append(decoding.tokens.copy())
+        # The positions of the next tokens.
+        assert set(decoding.positions.tolist()) == {scenario.few_shot + scenario.problem + 6}
         found.append(np.array(tokens))
     shared, unshared, without = found
     assert shared.tolist() == unshared.tolist()

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from attention import Forest, NodeSets
@@ -33,7 +33,7 @@ from tests.attention.strategies import (
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes milliseconds a program: forests are small here.
-FEWER = settings(max_examples=max(1, settings().max_examples // 8))
+FEWER = settings(max_examples=max(1, settings().max_examples // 10))
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -107,16 +107,18 @@ def on_device(schedule: Schedule) -> Schedule:
 
 @st.composite
 def few_queries(draw: st.DrawFn) -> tuple[Forest | NodeSets, int]:
-    """Forests and node sets with at most twelve queries."""
+    """Forests and node sets with at most six queries."""
     source, num_blocks = draw(forests() | node_sets())
     if isinstance(source, NodeSets):
         return replace(source, query_len=np.minimum(source.query_len, 2)), num_blocks
     sequences = zip(source.leaf.tolist(), source.query_len.tolist(), strict=True)
-    few = [(leaf, min(query_len, 4)) for leaf, query_len in sequences][:3]
+    few = [(leaf, min(query_len, 3)) for leaf, query_len in sequences][:2]
     return with_sequences(source, few), num_blocks
 
 
-kernel_cases = cases(dtypes=KERNEL_DTYPES, source=few_queries())
+kernel_cases = cases(dtypes=KERNEL_DTYPES, source=few_queries()).filter(
+    lambda case: case.num_q_heads * case.source.num_queries <= 64
+)
 
 
 @FEWER
@@ -206,8 +208,11 @@ def with_unseen_entries(schedule: Schedule) -> Schedule:
 @FEWER
 @given(kernel_cases, seeds)
 def test_each_slot_is_loaded_as_often_as_the_schedule_says(case: Case, seed: int) -> None:
+    """Values that are the first columns of the keys are not loaded again."""
     from triton.runtime.interpreter import InterpreterBuilder
 
+    # Values of other widths are loaded on their own, from the addresses of the keys.
+    assume(case.strides != "latent" or case.head_dim == 576)
     inputs, schedule, problem = tensors(case), schedule_of(case, seed), problem_of(case)
     loaded: list[np.ndarray] = []
     load = InterpreterBuilder.create_masked_load

@@ -25,11 +25,12 @@ from attention.triton_backend.merge import merge
 from attention.triton_backend.segment import segment
 from attention.triton_backend.tiles import tiles_for
 from attention.triton_backend.units import Entries, Merges, Rows, Schedule, Units
+from attention.triton_backend.write import arguments_of, write_kernel
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
-# Each option of the kernels in some variant of each architecture's, not each with each.
+# Each option of the kernels in some variant, not each with each.
 VARIANTS: dict[str, dict[str, Any]] = {
     "lean": {"tile": "lean"},
     "fat": {"tile": "fat"},
@@ -45,12 +46,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "options": True,
     },
     "float32": {"tile": "lean", "dtype": F32, "kv_dtype": E5M2},
-}
-OF_ARCH = {
-    "sm_80": ("fat", "everything"),
-    "sm_90": ("lean", "fat", "latent", "everything", "float32"),
-    "sm_100": ("fat", "latent"),
-    "gfx942": ("lean", "everything"),
 }
 
 
@@ -103,6 +98,15 @@ def compiled(
     )
 
 
+def compiled_write(arch: str, cache_dtype: torch.dtype) -> Any:
+    """The kernel that writes K and V of new tokens."""
+    k = torch.zeros(4, 8, 128, dtype=BF16)
+    cache = torch.zeros(2, 16, 8, 128, dtype=BF16).to(cache_dtype)
+    scale = None if cache_dtype == BF16 else torch.ones(8)
+    slots = torch.zeros(4, dtype=torch.int32)
+    return compile_for(arch, write_kernel, arguments_of(k, k, cache, cache, slots, scale, scale))
+
+
 def report(kernel: Any) -> dict[str, int]:
     """Shared memory, stack or spilled registers, and how matrices are multiplied and loaded."""
     found = {"shared": kernel.metadata.shared}
@@ -130,9 +134,12 @@ def report(kernel: Any) -> dict[str, int]:
 
 
 def main(arch: str) -> None:
-    for name in OF_ARCH[arch]:
-        of_segment, of_merge = (report(kernel) for kernel in compiled(arch, **VARIANTS[name]))
+    for name, variant in VARIANTS.items():
+        of_segment, of_merge = (report(kernel) for kernel in compiled(arch, **variant))
         print(json.dumps({"variant": name, "segment": of_segment, "merge": of_merge}), flush=True)
+    for dtype in (BF16, E4M3, E5M2):
+        found = report(compiled_write(arch, dtype))
+        print(json.dumps({"variant": f"write {dtype}", "write": found}), flush=True)
 
 
 if __name__ == "__main__":

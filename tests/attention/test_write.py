@@ -166,20 +166,6 @@ def test_float8_of_numbers_between(dtype: torch.dtype) -> None:
     assert same_bits(cache.flatten(), values.flatten().to(dtype))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, *FLOAT8])
-def test_the_kernel_compiles(arch: str, cache_dtype: torch.dtype) -> None:
-    from attention.triton_backend import write
-    from attention.triton_backend.compile import compile_for
-
-    k = torch.zeros(4, 8, 128, dtype=torch.bfloat16)
-    cache = torch.zeros(2, 16, 8, 128, dtype=torch.bfloat16).to(cache_dtype)
-    scale = None if cache_dtype == torch.bfloat16 else torch.ones(8)
-    slots = torch.zeros(4, dtype=torch.int32)
-    arguments = write.arguments_of(k, k, cache, cache, slots, scale, scale)
-    assert compile_for(arch, write.write_kernel, arguments).asm
-
-
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     return {

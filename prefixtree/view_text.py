@@ -1,0 +1,232 @@
+"""The tree as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from prefixtree.columns import Int32s, Int64s
+from prefixtree.errors import DecodeFailed
+
+if TYPE_CHECKING:
+    from prefixtree.view import TreeView
+
+Decode: TypeAlias = Callable[[list[int]], str]
+"""Turns token ids into text: a tokenizer's `decode`, for example."""
+
+DEEPEST_INDENT = 20
+"""Columns of the branches in front of a line; deeper ones say how deep they are."""
+
+
+Show: TypeAlias = Callable[[Int32s, int], str]
+"""What is shown of a node's tokens in so many columns."""
+
+
+class Line(NamedTuple):
+    """One line of a rendered tree."""
+
+    branch: str
+    """The lines from above, "├─ " and the like."""
+    text: str
+
+
+def render(view: TreeView, show: Show, width: int, max_children: int, max_nodes: int) -> str:
+    """`TreeView.render` says what this is."""
+    drawn = _lines(view, show, width, max_children, max_nodes)
+    return "\n".join((line.branch + line.text)[: max(width, 1)].rstrip() for line in drawn)
+
+
+def excerpts(decode: Decode | None) -> Show:
+    """Shows the begin and the end of the text: decoded, or token ids."""
+    return lambda tokens, room: _excerpt(tokens, decode, room)
+
+
+def nothing(tokens: Int32s, room: int) -> str:
+    """Shows no text."""
+    return ""
+
+
+def _lines(
+    view: TreeView, show: Show, width: int, max_children: int, max_nodes: int
+) -> Iterator[Line]:
+    """From above. O(nodes log nodes), vectorised."""
+    total = view.length + view.pending
+    hot = hot_path(view)
+    shown = _chosen(view, hot, max_children, max_nodes)
+    kept = np.flatnonzero(shown)
+    hidden = _hidden_below(view, shown)
+    last = _last_below(view, kept, hidden)
+    filled = np.bincount(view.namespace, minlength=len(view.namespaces)) > 0
+
+    ends: list[bool] = []  # for each level above: nothing more comes at it
+    namespace = -1
+    waiting: list[int] = []  # nodes that still have to say what is hidden below them
+    for row in [*kept.tolist(), -1]:
+        depth = int(view.depth[row]) if row >= 0 else 0
+        while waiting and (row < 0 or _depth(view, waiting[-1]) >= depth):
+            yield from _rest(hidden, waiting.pop(), view, ends)
+        above = int(view.namespace[row]) if row >= 0 else len(view.namespaces)
+        while namespace < above:
+            if namespace >= 0:
+                yield from _rest(hidden, ~namespace, view, ends)
+            namespace += 1
+            if namespace < len(view.namespaces) and (filled[namespace] or not len(view)):
+                name = view.namespaces[namespace]
+                heading = f"namespace {one_line(repr(name))}" if name else "root"
+                yield Line("", heading)
+        if row < 0:
+            break
+        del ends[depth - 1 :]
+        ends.append(row in last)
+        mark = "▶ " if hot[row] else "─ "
+        branch = _indent(ends[:-1]) + ("└" if ends[-1] else "├") + mark
+        pending = f"  pending {view.pending[row]}" if view.pending[row] else ""
+        label = f"{view.length[row]} tokens{pending}  pins {view.pins[row]}  hits {view.hits[row]}"
+        first = int(view.token_ends[row])
+        tokens = view.tokens[first : first + int(total[row])]
+        room = width - len(branch) - len(label) - 2
+        yield Line(branch, f"{label}  {show(tokens, room)}".rstrip())
+        waiting.append(row)
+
+
+def hot_path(view: TreeView) -> npt.NDArray[np.bool_]:
+    """[N] whether the node is on the path that goes down to the most hit child at each turn.
+
+    One in each namespace; of children hit alike the one with more below it. O(nodes log nodes).
+    """
+    order = np.lexsort((-view.below, -view.hits, view.parent))
+    parents = view.parent[order]
+    best = np.ones(len(order), np.bool_)
+    best[1:] = parents[1:] != parents[:-1]
+    favourite = np.zeros(len(order), np.bool_)
+    favourite[order[best]] = view.hits[order[best]] > 0
+    # A node is on the path when all the way up are favourites: as many as it is deep.
+    steps = np.cumsum(_along_paths(view, favourite))
+    hot: npt.NDArray[np.bool_] = favourite & (steps == view.depth)
+    return hot
+
+
+def text_of(tokens: Int32s, decode: Decode | None) -> str:
+    """The tokens' text: decoded, or their ids. Raises `DecodeFailed`."""
+    ids: list[int] = tokens.tolist()
+    if decode is None:
+        return " ".join(map(str, ids))
+    name = getattr(decode, "__qualname__", repr(decode))
+    few = f"{ids[:8]}"[:-1] + (", ...]" if len(ids) > 8 else "]")
+    try:
+        text = decode(ids)
+    except Exception as error:
+        raise DecodeFailed(
+            f"decode function {name} raised {type(error).__name__} for the {len(ids)} tokens"
+            f" {few}: {error}"
+        ) from error
+    if not isinstance(text, str):
+        raise DecodeFailed(
+            f"decode function {name} returned a {type(text).__name__} for the {len(ids)} tokens"
+            f" {few}, expected a str"
+        )
+    return text
+
+
+def one_line(text: str) -> str:
+    """Text on one line: control characters and line ends are shown escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _along_paths(view: TreeView, values: npt.NDArray[np.bool_]) -> Int64s:
+    """[N] differences whose running sum is, at a node, the sum over the path down to it."""
+    marked = np.flatnonzero(values)
+    steps = np.bincount(marked, minlength=len(values) + 1)
+    steps -= np.bincount(marked + view.size[marked], minlength=len(values) + 1)
+    return steps[:-1]
+
+
+def _chosen(
+    view: TreeView, hot: npt.NDArray[np.bool_], max_children: int, max_nodes: int
+) -> npt.NDArray[np.bool_]:
+    """[N] which nodes are shown: each with all those above it."""
+    count = len(view)
+    by_hits = np.lexsort((-view.below, -view.hits, view.parent))
+    parents = view.parent[by_hits]
+    rank = np.arange(count)
+    begins = np.ones(count, np.bool_)
+    begins[1:] = parents[1:] != parents[:-1]
+    rank -= np.maximum.accumulate(np.where(begins, rank, 0))
+    wanted = np.zeros(count, np.bool_)
+    wanted[by_hits[rank < max_children]] = True
+    wanted &= view.below > 0
+    # Both a node with all of those above it, and the largest of these: below is never more.
+    whole = wanted & (np.cumsum(_along_paths(view, wanted)) == view.depth)
+    candidates = np.flatnonzero(whole)
+    sizes = np.where(hot[candidates], np.iinfo(np.int64).max, view.below[candidates])
+    largest = candidates[np.argsort(-sizes, kind="stable")[:max_nodes]]
+    shown = np.zeros(count, np.bool_)
+    shown[largest] = True
+    return shown
+
+
+def _hidden_below(view: TreeView, shown: npt.NDArray[np.bool_]) -> dict[int, tuple[int, int]]:
+    """For each shown node, ~i for a root: how many nodes and tokens below it are not shown."""
+    # Topmost hidden nodes: each stands for all below it.
+    above = view.parent
+    below_shown = np.append(shown, True)[np.maximum(above, -1)]
+    tops = np.flatnonzero(~shown & below_shown & (view.below > 0))
+    found: dict[int, tuple[int, int]] = {}
+    parents, which = np.unique(above[tops], return_inverse=True)
+    nodes = np.bincount(which, view.size[tops], len(parents))
+    tokens = np.bincount(which, view.below[tops], len(parents))
+    for parent, number, size in zip(parents.tolist(), nodes.tolist(), tokens.tolist(), strict=True):
+        found[parent] = int(number), int(size)
+    return found
+
+
+def _last_below(view: TreeView, kept: Int64s, hidden: dict[int, tuple[int, int]]) -> set[int]:
+    """The shown nodes behind which nothing more comes at their level."""
+    last = {int(view.parent[row]): row for row in kept.tolist()}
+    return {row for parent, row in last.items() if parent not in hidden}
+
+
+def _rest(
+    hidden: dict[int, tuple[int, int]], node: int, view: TreeView, ends: list[bool]
+) -> Iterator[Line]:
+    """The line that counts what is not shown below a node, if there is anything."""
+    if node in hidden:
+        nodes, tokens = hidden[node]
+        branch = _indent(ends[: _depth(view, node)]) + "└─ "
+        yield Line(branch, f"... {nodes} more nodes of {tokens} tokens")
+
+
+def _depth(view: TreeView, node: int) -> int:
+    return int(view.depth[node]) if node >= 0 else 0
+
+
+def _indent(ends: list[bool]) -> str:
+    most = DEEPEST_INDENT // 3
+    if len(ends) > most:
+        return f"({len(ends) + 1} deep) ".ljust(DEEPEST_INDENT)
+    return "".join("   " if end else "│  " for end in ends)
+
+
+def _excerpt(tokens: Int32s, decode: Decode | None, room: int) -> str:
+    """The first and last of the tokens' text in `room` columns, on one line."""
+    if room < 12:
+        return ""
+    # Only what can be seen is decoded; a token is at least one column in most tokenizers.
+    if decode is None:
+        text = text_of(tokens[:room], None)
+        return text if len(text) <= room else text[: room - 1] + "…"
+    if len(tokens) <= room:
+        text = one_line(text_of(tokens, decode))
+    else:
+        half = room // 2
+        ends = (text_of(part, decode) for part in (tokens[:half], tokens[-half:]))
+        text = "…".join(map(one_line, ends))
+    if len(text) > room - 2:
+        half = (room - 3) // 2
+        text = text[:half] + "…" + text[-half:]
+    return f"'{text}'"

@@ -20,7 +20,7 @@ from prefixtree.preorder import intervals
 from prefixtree.ragged import spans
 from prefixtree.tokens import TokensLike, as_prompt
 from prefixtree.tree import DEFAULT, Namespace
-from prefixtree.view_text import Decode, excerpts, render
+from prefixtree.view_text import Decode, Limits, excerpts, render
 
 if TYPE_CHECKING:
     import networkx
@@ -316,8 +316,8 @@ class TreeView:
 
         `min_tokens`: that many committed and pending tokens at least; `pinned`: in use, or not;
         `namespace`: in this one; `depth`: at most that deep, 1 for those that begin a namespace.
-        None is for whatever it is. Raises `InvalidArgument` unless the numbers are integers, >= 0 and
-        >= 1, `InvalidNamespace` for one that the view does not have. O(nodes + tokens).
+        None is for whatever it is. Raises `InvalidArgument` unless the numbers are integers, >= 0
+        and >= 1, `InvalidNamespace` for one that the view does not have. O(nodes + tokens).
         """
         wanted = np.ones(len(self), np.bool_)
         if min_tokens is not None:
@@ -373,15 +373,23 @@ class TreeView:
         width: int = 80,
         max_children: int = 8,
         max_nodes: int = 40,
+        max_depth: int = 8,
     ) -> str:
         """The tree as text, one line a node: tokens, pins, hits and the tokens' text.
 
         `decode` turns token ids into text; without it the ids are shown. Lines are cut to `width`;
         of more than `max_children` children the most hit are shown, of more than `max_nodes` nodes
-        those with the most tokens at and below them, and the rest is counted. ▶ marks the hot path:
-        from a root always down to the most hit child. Raises `DecodeFailed`.
+        those with the most tokens at and below them, none deeper than `max_depth`, and the rest is
+        counted. ▶ marks the hot path: from a root always down to the most hit child. Raises
+        `DecodeFailed`, and `InvalidArgument` unless the numbers are integers >= 1.
         """
-        return render(self, excerpts(decode), width, max_children, max_nodes)
+        limits = Limits(
+            width=at_least(1, "width", width),
+            children=at_least(1, "max_children", max_children),
+            nodes=at_least(1, "max_nodes", max_nodes),
+            depth=at_least(1, "max_depth", max_depth),
+        )
+        return render(self, excerpts(decode), limits)
 
     def to_dicts(self, decode: Decode | None = None) -> list[dict[str, Any]]:
         """One dict of plain Python values a node, in the view's order; `json.dumps` takes them.

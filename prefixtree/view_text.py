@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 Decode: TypeAlias = Callable[[list[int]], str]
 """Turns token ids into text: a tokenizer's `decode`, for example."""
 
-DEEPEST_INDENT = 20
-"""Columns of the branches in front of a line; deeper ones say how deep they are."""
-
-
 Show: TypeAlias = Callable[[Int32s, int], str]
 """What is shown of a node's tokens in so many columns."""
+
+
+class Limits(NamedTuple):
+    """What fits."""
+
+    width: int
+    """Columns of a line."""
+    children: int
+    """Nodes shown below one, and namespaces."""
+    nodes: int
+    """Nodes shown in all."""
+    depth: int
+    """Levels shown."""
 
 
 class Line(NamedTuple):
@@ -33,10 +42,10 @@ class Line(NamedTuple):
     text: str
 
 
-def render(view: TreeView, show: Show, width: int, max_children: int, max_nodes: int) -> str:
+def render(view: TreeView, show: Show, limits: Limits) -> str:
     """`TreeView.render` says what this is."""
-    drawn = _lines(view, show, width, max_children, max_nodes)
-    return "\n".join((line.branch + line.text)[: max(width, 1)].rstrip() for line in drawn)
+    drawn = _lines(view, show, limits)
+    return "\n".join((line.branch + line.text)[: limits.width].rstrip() for line in drawn)
 
 
 def excerpts(decode: Decode | None) -> Show:
@@ -49,17 +58,15 @@ def nothing(tokens: Int32s, room: int) -> str:
     return ""
 
 
-def _lines(
-    view: TreeView, show: Show, width: int, max_children: int, max_nodes: int
-) -> Iterator[Line]:
+def _lines(view: TreeView, show: Show, limits: Limits) -> Iterator[Line]:
     """From above. O(nodes log nodes), vectorised."""
     total = view.length + view.pending
     hot = hot_path(view)
-    shown = _chosen(view, hot, max_children, max_nodes)
+    shown = _chosen(view, hot, limits)
     kept = np.flatnonzero(shown)
     hidden = _hidden_below(view, shown)
     last = _last_below(view, kept, hidden)
-    filled = np.bincount(view.namespace, minlength=len(view.namespaces)) > 0
+    filled = _largest_namespaces(view, limits.children)
 
     ends: list[bool] = []  # for each level above: nothing more comes at it
     namespace = -1
@@ -70,7 +77,7 @@ def _lines(
             yield from _rest(hidden, waiting.pop(), view, ends)
         above = int(view.namespace[row]) if row >= 0 else len(view.namespaces)
         while namespace < above:
-            if namespace >= 0:
+            if namespace >= 0 and filled[namespace]:
                 yield from _rest(hidden, ~namespace, view, ends)
             namespace += 1
             if namespace < len(view.namespaces) and (filled[namespace] or not len(view)):
@@ -78,6 +85,9 @@ def _lines(
                 heading = f"namespace {one_line(repr(name))}" if name else "root"
                 yield Line("", heading)
         if row < 0:
+            left_out = np.count_nonzero(np.bincount(view.namespace)) - np.count_nonzero(filled)
+            if left_out:
+                yield Line("", f"... {left_out} more namespaces")
             break
         del ends[depth - 1 :]
         ends.append(row in last)
@@ -87,7 +97,7 @@ def _lines(
         label = f"{view.length[row]} tokens{pending}  pins {view.pins[row]}  hits {view.hits[row]}"
         first = int(view.token_ends[row])
         tokens = view.tokens[first : first + int(total[row])]
-        room = width - len(branch) - len(label) - 2
+        room = limits.width - len(branch) - len(label) - 2
         yield Line(branch, f"{label}  {show(tokens, room)}".rstrip())
         waiting.append(row)
 
@@ -146,9 +156,7 @@ def _along_paths(view: TreeView, values: npt.NDArray[np.bool_]) -> Int64s:
     return steps[:-1]
 
 
-def _chosen(
-    view: TreeView, hot: npt.NDArray[np.bool_], max_children: int, max_nodes: int
-) -> npt.NDArray[np.bool_]:
+def _chosen(view: TreeView, hot: npt.NDArray[np.bool_], limits: Limits) -> npt.NDArray[np.bool_]:
     """[N] which nodes are shown: each with all those above it."""
     count = len(view)
     by_hits = np.lexsort((-view.below, -view.hits, view.parent))
@@ -158,16 +166,26 @@ def _chosen(
     begins[1:] = parents[1:] != parents[:-1]
     rank -= np.maximum.accumulate(np.where(begins, rank, 0))
     wanted = np.zeros(count, np.bool_)
-    wanted[by_hits[rank < max_children]] = True
-    wanted &= view.below > 0
+    wanted[by_hits[rank < limits.children]] = True
+    wanted &= (view.below > 0) & (view.depth <= limits.depth)
+    wanted &= _largest_namespaces(view, limits.children)[view.namespace]
     # Both a node with all of those above it, and the largest of these: below is never more.
     whole = wanted & (np.cumsum(_along_paths(view, wanted)) == view.depth)
     candidates = np.flatnonzero(whole)
-    sizes = np.where(hot[candidates], np.iinfo(np.int64).max, view.below[candidates])
-    largest = candidates[np.argsort(-sizes, kind="stable")[:max_nodes]]
+    first = hot & (view.depth <= max(1, limits.nodes // limits.children))
+    sizes = np.where(first[candidates], np.iinfo(np.int64).max, view.below[candidates])
+    largest = candidates[np.argsort(-sizes, kind="stable")[: limits.nodes]]
     shown = np.zeros(count, np.bool_)
     shown[largest] = True
     return shown
+
+
+def _largest_namespaces(view: TreeView, count: int) -> npt.NDArray[np.bool_]:
+    """[namespaces] whether it is one of the `count` that hold the most nodes."""
+    nodes = np.bincount(view.namespace, minlength=len(view.namespaces))
+    chosen = np.zeros(len(nodes), np.bool_)
+    chosen[np.argsort(-nodes, kind="stable")[:count]] = True
+    return chosen & (nodes > 0)
 
 
 def _hidden_below(view: TreeView, shown: npt.NDArray[np.bool_]) -> dict[int, tuple[int, int]]:
@@ -206,9 +224,6 @@ def _depth(view: TreeView, node: int) -> int:
 
 
 def _indent(ends: list[bool]) -> str:
-    most = DEEPEST_INDENT // 3
-    if len(ends) > most:
-        return f"({len(ends) + 1} deep) ".ljust(DEEPEST_INDENT)
     return "".join("   " if end else "│  " for end in ends)
 
 

@@ -5,7 +5,7 @@
 | `label` | what the frame is of |
 | `stats` | `Stats` as an object, with `hit_rate` |
 | `namespaces` | [R] as text |
-| `arrays` | those of `ARRAYS`: [N] as in `TreeView`; `held`: [N] blocks of each; `blocks`, `aside` |
+| `arrays` | those of `ARRAYS`: [N] as in `TreeView`; `held`: [N] blocks each; `blocks`, `aside` |
 | `texts` | [N] the nodes' text, or null where it is not shown |
 
 All else that the page shows (positions, depths, sums, reference counts) it counts from these.

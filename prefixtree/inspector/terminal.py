@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 from allocator.errors import InvalidArgument
 from prefixtree.tree import Namespace, as_namespace
-from prefixtree.view_text import Show, render
+from prefixtree.view_text import Limits, Show, render
 
 if TYPE_CHECKING:
     from prefixtree.view import TreeView
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LEAST_WIDTH, MOST_WIDTH = 40, 1000
 """Columns of a screen."""
 MOST_NODES = 10_000
+DEFAULT_DEPTH = 8
 
 
 class CannotWatch(Exception):
@@ -85,9 +86,13 @@ def screen(view: TreeView, show: Show, selection: Selection) -> str:
     ]
     if len(chosen) < len(view):
         head.append(f"{len(chosen):,} of {len(view):,} nodes selected")
-    width = min(max(selection.width, LEAST_WIDTH), MOST_WIDTH)
-    tree = render(chosen, show, width, 8, min(max(selection.nodes, 1), MOST_NODES))
-    return "\n".join([*head, "", tree])
+    limits = Limits(
+        width=min(max(selection.width, LEAST_WIDTH), MOST_WIDTH),
+        children=8,
+        nodes=min(max(selection.nodes, 1), MOST_NODES),
+        depth=selection.depth or DEFAULT_DEPTH,
+    )
+    return "\n".join([*head, "", render(chosen, show, limits)])
 
 
 def printer() -> Callable[[str], None]:

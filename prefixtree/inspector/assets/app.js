@@ -32,7 +32,7 @@ class App {
       ? `${number(freeBlocks)} free in ${plural(freeExtents, "piece")}, the largest ${number(largestExtent)}: `
         + `${percent(1 - largestExtent / freeBlocks)} fragmented`
       : "none free";
-    byId("query").disabled = !frame.texts;
+    byId("query").disabled = byId("next").disabled = !frame.texts;
     byId("query").placeholder = frame.texts ? "Search text ( / )" : "No text in this page";
     this.icicle.show(frame);
     this.map.show(frame);

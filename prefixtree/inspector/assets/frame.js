@@ -43,14 +43,16 @@ function decodeFrame(data) {
     frame.namespace[item] = top[node];
     frame.depth[item] = frame.depth[parent] + 1;
     frame.start[item] = frame.start[parent] + frame.length[parent];
-    for (const name of ["length", "pending", "offset", "pins", "hits", "idle", "age", "writer", "held"]) {
-      frame[name][item] = given[name][node];
-    }
+    frame.length[item] = given.length[node];
     frame.firstBlock[item] = block;
     block += given.held[node];
     item++;
   }
   openUpTo(roots - 1);
+  for (const name of ["pending", "offset", "pins", "hits", "idle", "age", "writer", "held"]) {
+    const from = given[name], to = frame[name], { itemOf } = frame;
+    for (let node = 0; node < nodes; node++) to[itemOf[node]] = from[node];
+  }
   frame.size.fill(1);
   for (let i = count - 1; i >= 0; i--) if (frame.parent[i] >= 0) frame.size[frame.parent[i]] += frame.size[i];
   frame.deepest = frame.depth.reduce((most, depth) => Math.max(most, depth), 0);

@@ -17,6 +17,8 @@ class Icicle {
     this.from = 0; this.to = 1; // the part of the whole width that is shown
     this.topRow = 0;
     this.drawMs = 0;
+    this.waiting = 0;
+    this.mostRows = 4;
     this.listen(onHover);
   }
 
@@ -40,7 +42,8 @@ class Icicle {
   }
 
   resize() {
-    const rows = Math.min(MOST_ROWS, Math.max(4, this.frame.deepest + 1));
+    // Never lower than before: what is below must not jump from frame to frame.
+    const rows = this.mostRows = Math.min(MOST_ROWS, Math.max(this.mostRows, this.frame.deepest + 1));
     this.height = Math.min(rows * ROW, Math.max(6 * ROW, Math.floor(innerHeight * 0.6)));
     this.canvas.style.height = this.height + 2 + "px";
     this.width = this.canvas.clientWidth;
@@ -53,7 +56,10 @@ class Icicle {
 
   get rows() { return Math.floor(this.height / ROW); }
 
-  draw() {
+  // Once before the next picture, however often it is asked for.
+  draw() { this.waiting ||= requestAnimationFrame(() => { this.waiting = 0; this.paint(); }); }
+
+  paint() {
     const began = performance.now();
     const { context, frame, width, height } = this;
     context.clearRect(0, 0, width, height);
@@ -90,6 +96,12 @@ class Icicle {
       const begin = Math.max(x, 0), end = Math.min(x + w, width);
       context.fillStyle = colour(i);
       context.fillRect(begin, y, Math.max(end - begin - (w > 3 ? 1 : 0), 1), ROW - 1);
+      if (frame.pending[i] && frame.length[i] && this.mode === "state" && this.metric === "tokens") {
+        // Its own part is on the right of what is below it, and what is pending the last of that.
+        const edge = Math.max(x + w * (1 - frame.pending[i] / total[i]), 0);
+        context.fillStyle = palette.pending;
+        context.fillRect(edge, y, Math.max(end - edge - 1, 0), ROW - 1);
+      }
       if (this.foundBefore && this.isFound(i)) {
         context.fillStyle = palette.found;
         context.fillRect(begin, y + ROW - 5, Math.max(end - begin - 1, 1), 4);

@@ -11,6 +11,7 @@ class BlockMap {
     this.frame = null;
     this.marked = new Set(); // cells with a block of the selected node
     this.cursor = -1; // a cell
+    this.waiting = 0;
     this.listen();
   }
 
@@ -47,7 +48,10 @@ class BlockMap {
     this.draw();
   }
 
-  draw() {
+  // Once before the next picture, however often it is asked for.
+  draw() { this.waiting ||= requestAnimationFrame(() => { this.waiting = 0; this.paint(); }); }
+
+  paint() {
     const { context, frame, cell, columns } = this;
     context.clearRect(0, 0, this.width, this.height);
     const gap = cell > 5 ? 1 : 0, counts = new Int32Array(USES.length);

@@ -19,4 +19,4 @@ const plural = (count, one) => `${number(count)} ${one}${count === 1 ? "" : "s"}
 
 const percent = (part) => `${(100 * part).toFixed(1)}%`;
 
-const namespaceName = (name) => (name === "" ? "default namespace" : `namespace ${oneLine(name)}`);
+const namespaceName = (name) => (name === "" ? "default namespace" : oneLine(name));

@@ -460,7 +460,7 @@ class TreeView:
             for field in dataclasses.fields(self)
             if field.name in PER_NODE
         }
-        columns["parent"] = np.where(above < 0, above, number[above])
+        columns["parent"] = np.where(above < 0, above, number[np.maximum(above, 0)])
         columns["size"] = self._summed(kept)[rows].astype(np.int32)
         return dataclasses.replace(
             self,

@@ -42,7 +42,7 @@ class Demo:
         if cache.can_open(tokens, namespace=namespace, watermark=2 * MOST_RUNNING):
             first = cache.open(tokens, namespace=namespace)
             first.commit(len(tokens))
-            self._running += [first, *first.fork(chance.randrange(4))]
+            self._running += [first, *first.fork(chance.randrange(1, 4))]
         while len(self._running) > MOST_RUNNING or (self._running and chance.random() < 0.3):
             self._running.pop(chance.randrange(len(self._running))).close()
         words = [chance.choice(WORDS).encode() for _ in self._running]

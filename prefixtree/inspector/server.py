@@ -14,6 +14,8 @@ All are GET, and none changes anything. To add one, put a function into `ROUTES`
 from __future__ import annotations
 
 import json
+import os
+import socket
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -181,14 +183,12 @@ ROUTES: dict[str, Callable[[Inspector, dict[str, str]], Answer]] = {
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    # Another process's port is never taken over, on any system.
-    allow_reuse_address = False
+    # Lets a port be used again at once after a close; on Windows it would take over another's.
+    allow_reuse_address = os.name == "posix"
     inspector: Inspector
 
     def __init__(self, host: str, port: int) -> None:
         if ":" in host:
-            import socket
-
             self.address_family = socket.AF_INET6
         self.streams = threading.BoundedSemaphore(MOST_STREAMS)
         super().__init__((host, port), _Handler)
@@ -277,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _headers(self, content_type: str) -> None:
         self.send_header("Content-Type", content_type)
         self.send_header("Cache-Control", "no-store")
-        self.send_header("Content-Security-Policy", POLICY + " frame-ancestors 'none';")
+        self.send_header("Content-Security-Policy", POLICY + "; frame-ancestors 'none'")
         self.send_header("X-Content-Type-Options", "nosniff")
 
 

@@ -58,7 +58,8 @@ def test_the_page_counts_what_the_cache_does(opened: tuple[Browser, pt.PrefixCac
     stats = cache.stats()
     found = browser.run(
         """(() => {
-        const f = app.frame, { left, total } = layout(f, "tokens"), sum = (values) => values.reduce((a, b) => a + b, 0);
+        const f = app.frame, { left, total } = layout(f, "tokens");
+        const sum = (values) => values.reduce((a, b) => a + b, 0);
         return {
             cached: sum(f.length), pinned: sum(f.length.filter((_, i) => f.pins[i])),
             free: f.freeBlocks, refs: [...f.refs],

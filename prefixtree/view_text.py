@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from unicodedata import combining, east_asian_width
 
 import numpy as np
 import numpy.typing as npt
@@ -34,18 +36,10 @@ class Limits(NamedTuple):
     """Levels shown."""
 
 
-class Line(NamedTuple):
-    """One line of a rendered tree."""
-
-    branch: str
-    """The lines from above, "├─ " and the like."""
-    text: str
-
-
 def render(view: TreeView, show: Show, limits: Limits) -> str:
     """`TreeView.render` says what this is."""
     drawn = _lines(view, show, limits)
-    return "\n".join((line.branch + line.text)[: limits.width].rstrip() for line in drawn)
+    return "\n".join(_head(line, limits.width).rstrip() for line in drawn)
 
 
 def excerpts(decode: Decode | None) -> Show:
@@ -58,7 +52,7 @@ def nothing(tokens: Int32s, room: int) -> str:
     return ""
 
 
-def _lines(view: TreeView, show: Show, limits: Limits) -> Iterator[Line]:
+def _lines(view: TreeView, show: Show, limits: Limits) -> Iterator[str]:
     """From above. O(nodes log nodes), vectorised."""
     total = view.length + view.pending
     hot = hot_path(view)
@@ -83,11 +77,11 @@ def _lines(view: TreeView, show: Show, limits: Limits) -> Iterator[Line]:
             if namespace < len(view.namespaces) and (filled[namespace] or not len(view)):
                 name = view.namespaces[namespace]
                 heading = f"namespace {one_line(repr(name))}" if name else "root"
-                yield Line("", heading)
+                yield heading
         if row < 0:
             left_out = np.count_nonzero(np.bincount(view.namespace)) - np.count_nonzero(filled)
             if left_out:
-                yield Line("", f"... {left_out} more namespaces")
+                yield f"... {left_out} more namespaces"
             break
         del ends[depth - 1 :]
         ends.append(row in last)
@@ -98,7 +92,7 @@ def _lines(view: TreeView, show: Show, limits: Limits) -> Iterator[Line]:
         first = int(view.token_ends[row])
         tokens = view.tokens[first : first + int(total[row])]
         room = limits.width - len(branch) - len(label) - 2
-        yield Line(branch, f"{label}  {show(tokens, room)}".rstrip())
+        yield f"{branch}{label}  {show(tokens, room)}"
         waiting.append(row)
 
 
@@ -211,12 +205,12 @@ def _last_below(view: TreeView, kept: Int64s, hidden: dict[int, tuple[int, int]]
 
 def _rest(
     hidden: dict[int, tuple[int, int]], node: int, view: TreeView, ends: list[bool]
-) -> Iterator[Line]:
+) -> Iterator[str]:
     """The line that counts what is not shown below a node, if there is anything."""
     if node in hidden:
         nodes, tokens = hidden[node]
         branch = _indent(ends[: _depth(view, node)]) + "└─ "
-        yield Line(branch, f"... {nodes} more nodes of {tokens} tokens")
+        yield f"{branch}... {nodes} more nodes of {tokens} tokens"
 
 
 def _depth(view: TreeView, node: int) -> int:
@@ -241,7 +235,26 @@ def _excerpt(tokens: Int32s, decode: Decode | None, room: int) -> str:
         half = room // 2
         ends = (text_of(part, decode) for part in (tokens[:half], tokens[-half:]))
         text = "…".join(map(one_line, ends))
-    if len(text) > room - 2:
+    if _columns(text) > room - 2:
         half = (room - 3) // 2
-        text = text[:half] + "…" + text[-half:]
+        text = _head(text, half) + "…" + _head(text[::-1], half)[::-1]
     return f"'{text}'"
+
+
+def _columns(text: str) -> int:
+    """Columns that a terminal takes for it."""
+    return len(text) if text.isascii() else sum(map(_width, text))
+
+
+def _head(text: str, columns: int) -> str:
+    """As much of its begin as fits."""
+    if text.isascii():
+        return text[:columns]
+    ends = accumulate(map(_width, text))
+    return text[: sum(end <= columns for end in ends)]
+
+
+def _width(char: str) -> int:
+    if combining(char):
+        return 0
+    return 2 if east_asian_width(char) in "WF" else 1

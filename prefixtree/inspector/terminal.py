@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from urllib.request import urlopen
 
 from allocator.errors import InvalidArgument
 from prefixtree.tree import Namespace, as_namespace
-from prefixtree.view_text import Limits, Show, render
+from prefixtree.view_text import Limits, Show, one_line, render
 
 if TYPE_CHECKING:
     from prefixtree.view import TreeView
@@ -106,7 +107,9 @@ def printer() -> Callable[[str], None]:
 
     def paint(text: str) -> None:
         for line in text.split("\n"):
-            styled = Text(line, style="bold" if "▶ " in line else "", no_wrap=True, end="\n")
+            styled = Text(
+                line, style="bold" if re.search("[├└]▶", line) else "", no_wrap=True, end="\n"
+            )
             styled.highlight_regex(r"pins [1-9]\d*", "blue")
             styled.highlight_regex(r"pending [1-9]\d*", "yellow")
             styled.highlight_regex(r"hits [1-9]\d*", "green")
@@ -145,7 +148,8 @@ def _fetch(address: str, url: str) -> str:
             if answer.headers.get_content_type() != "text/plain":
                 raise CannotWatch(f"{url} is not an inspector")
             body: bytes = answer.read()
-            return body.decode()
+            # Whoever answers there: nothing but text gets to the terminal.
+            return "\n".join(map(one_line, body.decode().split("\n")))
     except HTTPError as error:
         body = error.read(2000)
         try:

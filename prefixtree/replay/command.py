@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE.html",
         help="write a page there that shows the tree over the time of the first run: of the first "
-        "policy at the smallest capacity",
+        "policy at the smallest capacity, whose time then includes that",
     )
     add("--plot", type=Path, metavar="FILE.png", help="draw hit rate over capacity there")
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import re
+from contextlib import suppress
 from random import Random
 from typing import Any
 
 import numpy as np
 
 import prefixtree as pt
+from allocator import OutOfBlocks
 from prefixtree.columns import Int32s
+from prefixtree.tree import Namespace
 
 AWKWARD = "</script><script>document.title='run'</script><!--<b>&amp;\"'\u202eltr\x07\n🎉 שלום"
 """Text that a careless page would take for something else."""
@@ -37,6 +40,44 @@ def small() -> tuple[pt.PrefixCache, list[pt.Sequence]]:
     with cache.open(list(b"shared prefix, then two")) as other:
         other.commit(len(other))
     return cache, [first, *samples, tenant]
+
+
+NAMESPACES: list[Namespace] = ["", "", "b", "ü\ud800", ("a", 1, None)]
+
+
+class Grown:
+    """A cache after so many random steps: deep and branched, with all kinds of nodes in it."""
+
+    def __init__(self, seed: int, steps: int, block_size: int) -> None:
+        self.chance = Random(seed)
+        self.cache = pt.PrefixCache(48, block_size, reserve_block_0=seed % 2 == 0)
+        self.running: list[pt.Sequence] = []
+        self.pins: list[pt.Pin] = []
+        for _ in range(steps):
+            with suppress(OutOfBlocks):
+                self.step()
+
+    def step(self) -> None:
+        chance, what = self.chance, self.chance.random()
+        if what < 0.4 or not self.running:
+            prompt = [chance.randrange(2) for _ in range(chance.randrange(1, 12))]
+            sequence = self.cache.open(prompt, namespace=chance.choice(NAMESPACES))
+            sequence.commit(chance.randint(sequence.cached_len, len(prompt)))
+            self.running.append(sequence)
+            return
+        sequence = chance.choice(self.running)
+        if what < 0.55:
+            self.cache.append([sequence], [0, 1], [2])
+            sequence.commit(len(sequence) - chance.randrange(2))
+        elif what < 0.62:
+            sequence.commit(len(sequence))
+            self.running += sequence.fork(2)
+        elif what < 0.66:
+            prefix = sequence.tokens()[:5]
+            self.pins.append(self.cache.pin(prefix, namespace=sequence._namespace))
+        else:
+            self.running.remove(sequence)
+            sequence.close()
 
 
 def large(nodes: int, seed: int = 0) -> pt.PrefixCache:

@@ -18,11 +18,9 @@ from allocator import InvalidArgument
 from prefixtree.errors import DecodeFailed, InvalidNamespace
 from prefixtree.inspector.payload import frame, frame_without_text
 from prefixtree.view_text import hot_path
-from tests.inspector.caches import large, small, unpacked
+from tests.inspector.caches import Grown, large, small, unpacked
 
-from .test_snapshot import Run, steps
-
-scripts = st.tuples(st.integers(1, 5), steps)
+grown = st.builds(Grown, st.integers(0, 2**32), st.integers(0, 60), st.integers(1, 5))
 
 
 def path_of(node: pt.NodeView | None) -> tuple[int, ...]:
@@ -33,9 +31,8 @@ def path_of(node: pt.NodeView | None) -> tuple[int, ...]:
     return tokens
 
 
-@given(scripts)
-def test_the_sum_of_everything_shown_is_the_recount(script: tuple[int, list[Any]]) -> None:
-    run = Run(*script)
+@given(grown)
+def test_the_sum_of_everything_shown_is_the_recount(run: Grown) -> None:
     cache = run.cache
     view, stats = cache.tree(), cache.stats()
     cache.check()  # what the statistics say is a recount
@@ -65,9 +62,8 @@ def test_the_sum_of_everything_shown_is_the_recount(script: tuple[int, list[Any]
     )
 
 
-@given(scripts)
-def test_rows_are_the_tree_depth_first(script: tuple[int, list[Any]]) -> None:
-    run = Run(*script)
+@given(grown)
+def test_rows_are_the_tree_depth_first(run: Grown) -> None:
     view = run.cache.tree()
     walked: list[int] = []
 
@@ -96,9 +92,9 @@ def test_rows_are_the_tree_depth_first(script: tuple[int, list[Any]]) -> None:
         assert sum(sequence._serial in node.users for node in view) == max(n.depth for n in ends)
 
 
-@given(scripts, st.lists(st.integers(0, 2), min_size=1, max_size=4))
-def test_find_is_a_search_of_all_paths(script: tuple[int, list[Any]], wanted: list[int]) -> None:
-    view = Run(*script).cache.tree()
+@given(grown, st.lists(st.integers(0, 2), min_size=1, max_size=4))
+def test_find_is_a_search_of_all_paths(run: Grown, wanted: list[int]) -> None:
+    view = run.cache.tree()
     expected = set()
     for node in view:
         path = path_of(node)
@@ -113,15 +109,15 @@ def test_find_is_a_search_of_all_paths(script: tuple[int, list[Any]], wanted: li
 
 
 @given(
-    scripts,
+    grown,
     st.none() | st.integers(0, 4),
     st.none() | st.booleans(),
     st.none() | st.integers(1, 4),
 )
 def test_a_filtered_view_is_a_tree_of_what_was_asked_for(
-    script: tuple[int, list[Any]], min_tokens: int | None, pinned: bool | None, depth: int | None
+    run: Grown, min_tokens: int | None, pinned: bool | None, depth: int | None
 ) -> None:
-    view = Run(*script).cache.tree()
+    view = run.cache.tree()
     chosen = view.filter(min_tokens=min_tokens, pinned=pinned, depth=depth)
     kept = set()
     for node in view:
@@ -228,6 +224,25 @@ def test_the_text_fits_whatever_the_tree() -> None:
     assert shown + hidden == len(cache.tree()) - 44
 
 
+def test_hits_idleness_and_age_are_counted() -> None:
+    cache = pt.PrefixCache(64, 4)
+    for path in ([1, 2], [3, 4], [1, 2], [1, 5]):
+        with cache.open(path) as sequence:
+            sequence.commit(2)
+    held = cache.open([3, 4])
+    rows = {tuple(row["tokens"]): row for row in cache.tree().to_dicts()}
+    assert {path: (row["hits"], row["idle"]) for path, row in rows.items()} == {
+        (1,): (2, 0),
+        (2,): (1, 1),  # since its last use, one other has ended
+        (5,): (0, 0),
+        (3, 4): (1, 0),
+        (): (0, 0),
+    }
+    ages = [rows[path]["age"] for path in ((1,), (2,), (3, 4), (5,), ())]
+    assert ages == sorted(ages, reverse=True)
+    assert rows[()]["users"] == rows[3, 4]["users"] == [held._serial]
+
+
 def test_the_hot_path_is_marked() -> None:
     cache = pt.PrefixCache(64, 4)
     for path, times in (([1, 2, 3], 1), ([1, 2, 4], 3), ([5, 5], 1)):
@@ -254,6 +269,18 @@ def test_text_with_control_characters_stays_on_its_line() -> None:
         sequence.commit(len(sequence))
     text = cache.tree().render(lambda tokens: bytes(tokens).decode())
     assert text.splitlines()[1].endswith(r"'a\nb\x1b[31m\u202e'")
+
+
+def test_wide_and_combining_characters_are_counted_as_columns() -> None:
+    cache = pt.PrefixCache(64, 4)
+    with cache.open(list(range(100))) as sequence:
+        sequence.commit(100)
+    for char, columns in (("漢", 2), ("🎉", 2), ("é", 1), ("e\u0301", 1)):
+        (_, line) = cache.tree().render(lambda tokens, c=char: c * len(tokens)).splitlines()
+        head = line.split("'")[0]
+        half = (80 - len(head) - 3) // 2 // columns
+        assert line[len(head) :].count(char[0]) == 2 * half
+        assert line.endswith("'")
 
 
 def test_a_tree_as_deep_as_it_has_nodes() -> None:

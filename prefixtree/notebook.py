@@ -59,7 +59,7 @@ def _icicle(view: TreeView) -> str:
     total = int(below[view.parent < 0].sum())
     if not total:
         return "<p>The tree is empty.</p>"
-    left = _lefts(view, below)
+    left = lefts(view, below)
     scale = WIDTH / total
     wide = np.flatnonzero((below * scale >= LEAST_PIXELS) & (view.depth <= MOST_ROWS))
     boxes = []
@@ -75,7 +75,7 @@ def _icicle(view: TreeView) -> str:
     return _svg(rows * ROW, "".join(boxes))
 
 
-def _lefts(view: TreeView, below: Int64s) -> Int64s:
+def lefts(view: TreeView, below: Int64s) -> Int64s:
     """[N] tokens to the left of each node's: children from the left, behind those before them."""
     # All nodes before it in depth-first order are to its left, but for those above it: their own
     # part lies to the right of what is below them.

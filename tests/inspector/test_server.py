@@ -5,9 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from prefixtree.inspector.payload import frame, frame_without_text
 from .caches import data_of, from_utf8, small
 
 SECONDS = 30
+ROOT = Path(__file__).parents[2]
 
 
 def ask(inspector: Inspector, path: str, method: str = "GET", **headers: str) -> tuple[int, bytes]:
@@ -209,6 +213,19 @@ def test_closing_ends_streams_and_frees_the_port() -> None:
     with serve(small()[0], port=inspector.port) as again:
         assert again.port == inspector.port
         assert again.url == f"http://127.0.0.1:{again.port}/"
+
+
+def test_the_inspector_is_loaded_only_where_it_is_used() -> None:
+    script = """
+import sys, prefixtree
+cache = prefixtree.PrefixCache(16, 4)
+heavy = "http.server", "prefixtree.inspector"
+print(cache.tree(), [name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "root []\n"
 
 
 def test_pages_beyond_what_is_reasonable_are_refused() -> None:

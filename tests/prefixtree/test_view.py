@@ -17,6 +17,7 @@ import prefixtree as pt
 from allocator import InvalidArgument
 from prefixtree.errors import DecodeFailed, InvalidNamespace
 from prefixtree.inspector.payload import frame, frame_without_text
+from prefixtree.notebook import lefts
 from prefixtree.view_text import hot_path
 from tests.inspector.caches import Grown, large, small, unpacked
 
@@ -329,6 +330,25 @@ def test_what_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=f"to_{name} needs {name}: pip install {name}"):
         getattr(small()[0].tree(), f"to_{name}")()
+
+
+@given(grown)
+def test_boxes_of_notebooks_lie_within_those_above(run: Grown) -> None:
+    view = run.cache.tree()
+    left, below = lefts(view, view.below), view.below
+    for root in view.roots.values():
+        for node in root.children:
+            assert left[node.index] == sum(below[n.index] for n in view if is_before(n, node))
+    for node in view:
+        edge = left[node.index]
+        for child in node.children:
+            assert left[child.index] == edge
+            edge += below[child.index]
+        assert edge + len(node.tokens + node.pending_tokens) == left[node.index] + below[node.index]
+
+
+def is_before(one: pt.NodeView, other: pt.NodeView) -> bool:
+    return one.depth == 1 and one.index < other.index
 
 
 def test_notebooks_show_every_node_that_can_be_seen() -> None:

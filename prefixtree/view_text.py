@@ -210,7 +210,7 @@ def _rest(
     if node in hidden:
         nodes, tokens = hidden[node]
         branch = _indent(ends[: _depth(view, node)]) + "└─ "
-        yield f"{branch}... {nodes} more nodes of {tokens} tokens"
+        yield f"{branch}... {nodes} more node{'s' * (nodes > 1)} of {tokens} tokens"
 
 
 def _depth(view: TreeView, node: int) -> int:

@@ -16,7 +16,7 @@ function readPalette() {
   palette.namespaces = Array.from({ length: 12 }, (_, i) => `hsl(${(i * 137.5 + 210) % 360} 45% ${light}%)`);
   // From little to much, in 16 steps.
   palette.heat = Array.from({ length: 16 }, (_, i) => (palette.dark
-    ? `hsl(${220 - 12 * i} 55% ${26 + i}%)` : `hsl(${220 - 12 * i} 70% ${88 - 1.6 * i}%)`));
+    ? `hsl(${220 - 12 * i} 50% ${27 + 0.3 * i}%)` : `hsl(${220 - 12 * i} 70% ${88 - 1.6 * i}%)`));
 }
 
 function stateOf(frame, item) {

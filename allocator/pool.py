@@ -66,10 +66,11 @@ class BlockPool:
                 raise ForeignBlock([after])
         if count > self._free.total:
             raise OutOfBlocks(count, self._free.total)
-        runs = [self._ids[start : start + taken] for start, taken in self._take(count, after)]
-        blocks: Int32s = np.concatenate(runs) if runs else self._ids[:0].copy()
-        self._refs[blocks] = 1
-        return blocks
+        runs = [self._ids[:0]]
+        for start, taken in self._take(count, after):
+            runs.append(self._ids[start : start + taken])
+            self._refs[start : start + taken] = 1
+        return np.concatenate(runs)
 
     def retain(self, blocks: ArrayLike) -> None:
         """Adds a reference to each of `blocks`, an integer array [n]; duplicates count.
@@ -95,10 +96,10 @@ class BlockPool:
         """
         ids, times = self._tally(blocks)
         left: Int32s = self._refs.take(ids) - times
-        if np.count_nonzero(left < 0):
+        if left.size and np.minimum.reduce(left) < 0:
             raise DoubleFree(ids[left < 0])
         self._refs[ids] = left
-        freed: Int32s = ids[left == 0]
+        freed = ids[left == 0] if np.count_nonzero(left) else ids
         for start, length in _runs(freed):
             self._free.add(start, length)
         return freed
@@ -137,13 +138,17 @@ class BlockPool:
 
     def _tally(self, blocks: ArrayLike) -> tuple[Int32s, Int32s | int]:
         """The distinct ids, ascending, and how often each occurs (one number if equal for all)."""
-        ids = np.array(blocks)
+        ids = np.asarray(blocks)
         if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
             raise InvalidArgument(
                 f"blocks have shape {ids.shape} and dtype {ids.dtype}, "
                 "expected one dimension of integers"
             )
-        ids.sort()
+        if ids.size and 0 <= (first := ids.item(0)) <= self.num_blocks - ids.size:
+            run = self._ids[first : first + ids.size]
+            if not np.count_nonzero(ids != run):  # as blocks mostly are
+                return run.copy(), 1
+        ids = np.sort(ids)
         if ids.size and (ids.item(0) < 0 or ids.item(-1) >= self.num_blocks):
             raise ForeignBlock(ids[(ids < 0) | (ids >= self.num_blocks)])
         ids = ids.astype(np.int32, copy=False)

@@ -23,7 +23,11 @@ IDENTITY = Partial(torch.tensor(0.0), torch.tensor(-torch.inf))
 
 
 def merge(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> Partial:
-    """The partial over the keys of both `a` and `b`; two identities give the identity."""
+    """The partial over the keys of both `a` and `b`; two identities give the identity.
+
+    Either may have fewer dimensions and is then broadcast. A learned sink logit for each head, as
+    gpt-oss has, is a key whose value is 0: `merge((o, lse), (IDENTITY.o, sink_logits))`.
+    """
     (o_a, lse_a), (o_b, lse_b) = a, b
     lse = torch.logaddexp(lse_a, lse_b)
     # -inf minus -inf is NaN: where neither side saw a key, both weights are exp(-inf - 0) = 0.

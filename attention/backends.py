@@ -12,7 +12,6 @@ BACKENDS = ("reference", "torch", "triton")
 # What the kernels are written for.
 MAX_HEAD_DIM = 256
 LATENT_HEAD_DIMS = (576, 512)
-MAX_GROUP = 64
 MIN_CAPABILITY = (8, 0)
 
 
@@ -39,7 +38,7 @@ def choose(backend: str | None, problem: Problem) -> str:
 
 def what_triton_lacks(problem: Problem) -> str | None:
     """Why the kernels cannot run a problem on its device; None: they can."""
-    return _kernel_lacks(problem) or _device_lacks(problem.device)
+    return _kernel_lacks(problem) or device_lacks(problem.device)
 
 
 def _kernel_lacks(problem: Problem) -> str | None:
@@ -51,15 +50,11 @@ def _kernel_lacks(problem: Problem) -> str | None:
             f"no kernel has head_dim {head_dims[0]} and value_head_dim {head_dims[1]} "
             f"(up to {MAX_HEAD_DIM} each, or {LATENT_HEAD_DIMS[0]} and {LATENT_HEAD_DIMS[1]})"
         )
-    if problem.group > MAX_GROUP:
-        return (
-            f"no kernel has {problem.group} query heads to a KV head "
-            f"({problem.num_q_heads} to {problem.num_kv_heads}; up to {MAX_GROUP})"
-        )
     return None
 
 
-def _device_lacks(device: torch.device) -> str | None:
+def device_lacks(device: torch.device) -> str | None:
+    """Why kernels cannot run on a device; None: they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type == "cpu":

@@ -92,6 +92,10 @@ def validate(forest: ForestArrays, num_blocks: int | None = None) -> None:
     if num_sequences == 0:
         raise InvalidForest("leaf is empty, expected at least one sequence")
 
+    if _is_forest(forest):
+        return
+
+    # Something is wrong; these find out what.
     parent, start = forest.parent, forest.start
     nodes = np.arange(num_nodes)
     check_values("parent", parent, (parent >= -1) & (parent < nodes), "-1 or an earlier node")
@@ -106,6 +110,25 @@ def validate(forest: ForestArrays, num_blocks: int | None = None) -> None:
         query_len,
         (query_len >= 1) & (query_len <= end[leaf]),
         "from 1 to the length of the sequence's path",
+    )
+
+
+def _is_forest(forest: ForestArrays) -> bool:
+    """Whether `validate` has no more to say, in few passes: it is run at every step."""
+    num_nodes = len(forest.parent)
+    if num_nodes == 0:
+        return False
+    parent, leaf, query_len = forest.parent, forest.leaf, forest.query_len
+    if parent.min() < -1 or np.count_nonzero(parent >= np.arange(num_nodes)):
+        return False
+    if leaf.min() < 0 or leaf.max() >= num_nodes or query_len.min() < 1:
+        return False
+    # Index -1, the parent of roots, reads the entry behind the last node.
+    end = np.zeros(num_nodes + 1, np.int64)
+    np.add(forest.start, forest.length, out=end[:-1])
+    return not (
+        np.count_nonzero(end.take(parent) != forest.start)
+        or np.count_nonzero(end.take(leaf) < query_len)
     )
 
 
@@ -132,6 +155,10 @@ def check_nodes(nodes: NodeArrays, num_nodes: int, num_blocks: int | None) -> No
     check_shape("offset", nodes.offset, num_nodes)
     check_shape("block_ptr", nodes.block_ptr, num_nodes + 1)
     length, offset = nodes.length, nodes.offset
+    if _are_nodes(nodes, num_blocks):
+        return
+
+    # Something is wrong; these find out what.
     check_values("length", length, length >= 1, "at least 1")
     inside = (offset >= 0) & (offset < nodes.block_size)
     check_values("offset", offset, inside, f"from 0 to below the block size {nodes.block_size}")
@@ -152,6 +179,22 @@ def check_nodes(nodes: NodeArrays, num_nodes: int, num_blocks: int | None) -> No
         known &= nodes.blocks < num_blocks
     limit = "any id" if num_blocks is None else str(num_blocks)
     check_values("blocks", nodes.blocks, known, f"from 0 to below {limit}")
+
+
+def _are_nodes(nodes: NodeArrays, num_blocks: int | None) -> bool:
+    """Whether `check_nodes` has no more to say, in few passes: it is run at every step."""
+    if not len(nodes.length) or nodes.block_ptr[0] != 0:
+        return False
+    if nodes.blocks.shape != (nodes.block_ptr[-1],) or nodes.blocks.dtype.kind != "i":
+        return False
+    offset, block_size = nodes.offset, nodes.block_size
+    if nodes.length.min() < 1 or offset.min() < 0 or offset.max() >= block_size:
+        return False
+    capacity = (nodes.block_ptr[1:] - nodes.block_ptr[:-1]).astype(np.int64) * block_size
+    left = capacity - offset - nodes.length
+    if left.min() < 0 or left.max() >= block_size or nodes.blocks.min() < 0:
+        return False
+    return num_blocks is None or bool(nodes.blocks.max() < num_blocks)
 
 
 def check_shape(name: str, array: npt.NDArray[Any], size: int) -> None:

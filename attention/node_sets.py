@@ -71,9 +71,15 @@ class NodeSets:
         check_values("query_start", self.query_start, self.query_start >= 0, "at least 0")
         check_values("query_len", self.query_len, self.query_len >= 1, "at least 1")
         sequence = np.repeat(np.arange(num_sequences), members)
-        order = np.lexsort((self.member_start, self.member, sequence))
-        rows = np.stack((sequence, self.member, self.member_start))[:, order]
-        twice = (rows[:, 1:] == rows[:, :-1]).all(axis=0)
+        place = self.member_start.astype(np.int64) * num_nodes + self.member
+        # Stable: of one node at one position, those of a sequence stand side by side.
+        order = np.argsort(place, kind="stable")
+        place, sequence = place[order], sequence[order]
+        twice = (place[1:] == place[:-1]) & (sequence[1:] == sequence[:-1])
         if twice.any():
-            s, node, start = rows[:, int(np.argmax(twice))].tolist()
-            raise InvalidForest(f"sequence {s} has node {node} at position {start} twice")
+            index = int(np.argmax(twice))
+            first = order[index]
+            raise InvalidForest(
+                f"sequence {sequence[index]} has node {self.member[first]} at "
+                f"position {self.member_start[first]} twice"
+            )

@@ -1,88 +1,120 @@
 """The depth-first order of queries: under it, the queries that attend to a node are one range."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from attention.forest import ForestArrays, Int64Array
+from attention.forest import ForestArrays, Int32Array, Int64Array
 
 
 class QueryOrder(NamedTuple):
-    """Queries of a forest in depth-first order.
+    """Nodes and queries of a forest, depth-first: a node's own queries before its children's.
 
     Attributes:
         packed: int64 [num_queries], place of each query in the packed order of the sequences.
         position: int64 [num_queries], position of each query in its path.
         sequence_end: int64 [S], end of each sequence's queries, sequences depth-first.
-        begin, end: int64 [N], the range of queries that belong to sequences through each node.
-        depth: int64 [N], 0 for roots.
+        node: int64 [N], the nodes in preorder, siblings in the order of their indices.
+        begin, end: int64 [N], the range of queries that belong to sequences through `node`.
+        depth: int64 [N], number of ancestors of `node`.
     """
 
     packed: Int64Array
     position: Int64Array
     sequence_end: Int64Array
+    node: Int64Array
     begin: Int64Array
     end: Int64Array
     depth: Int64Array
 
 
 def depth_first(forest: ForestArrays) -> QueryOrder:
-    """Order the queries of a valid forest.
+    """Order the nodes and queries of a valid forest.
 
-    O(N log N + num_queries), with a Python loop over the levels of the forest only.
+    O(N log N + num_queries), without a Python loop over nodes or levels.
     """
-    depth = _depths(forest)
-    begin, end = _query_ranges(forest, depth)
+    place, size = _preorder(forest.parent)
+    num_nodes = len(size)
+    node = np.empty(num_nodes, np.int64)
+    node[place] = np.arange(num_nodes)
+    subtree_end = np.arange(num_nodes) + size.take(node)
+    # Of the subtrees that begin before a node, those of its ancestors have not ended.
+    ended = np.bincount(subtree_end, minlength=num_nodes + 1).cumsum()
+    depth = np.arange(num_nodes) - ended[:-1]
 
-    sequences = np.argsort(begin[forest.leaf], kind="stable")
-    leaf, query_len = forest.leaf[sequences], forest.query_len[sequences]
-    sequence_end = np.cumsum(query_len)
-    packed_end = np.cumsum(forest.query_len)[sequences]
-    path_len = forest.start[leaf] + forest.length[leaf]
-    queries = np.arange(sequence_end[-1])
+    leaf = forest.leaf.astype(np.int64)
+    leaf_place = place.take(leaf)
+    queries_before = np.zeros(num_nodes + 1, np.int64)
+    np.add.at(queries_before, leaf_place + 1, forest.query_len)
+    queries_before = queries_before.cumsum()
+
+    sequences = _sorted(leaf_place, num_nodes)
+    path_len = (forest.start + forest.length).take(leaf)
+    packed, position, sequence_end = _queries(sequences, forest.query_len, path_len)
     return QueryOrder(
-        packed=queries + np.repeat(packed_end - sequence_end, query_len),
-        position=queries + np.repeat(path_len - sequence_end, query_len),
+        packed=packed,
+        position=position,
         sequence_end=sequence_end,
-        begin=begin,
-        end=end,
+        node=node,
+        begin=queries_before[:-1],
+        end=queries_before.take(subtree_end),
         depth=depth,
     )
 
 
-def _depths(forest: ForestArrays) -> Int64Array:
-    """Number of ancestors of each node, by pointer doubling."""
-    # Index -1 reads the entry behind the last node, which stands for "above the roots".
-    ancestor = np.append(forest.parent, -1)
-    depth = (ancestor >= 0).astype(np.int64)
-    while ancestor.max() >= 0:
-        depth += depth[ancestor]
-        ancestor = ancestor[ancestor]
-    return depth[:-1]
+def _preorder(parent_of: Int32Array) -> tuple[Int64Array, Int64Array]:
+    """Place of each node in preorder, and the number of nodes in its subtree.
+
+    Sums over subtrees and over paths are taken by pointer doubling (Hillis and Steele 1986).
+    """
+    # Node i is i + 1 here; 0 is the root above the roots, and its own parent.
+    parent = np.zeros(len(parent_of) + 1, np.int64)
+    np.add(parent_of, 1, out=parent[1:])
+    size = np.ones_like(parent)
+    ancestor, ancestors = parent, []
+    while np.count_nonzero(ancestor):
+        ancestors.append(ancestor)
+        np.add.at(size, ancestor, size.copy())
+        ancestor = ancestor.take(ancestor)
+    size[0] = len(size)
+
+    # A node is behind its parent by 1 and the subtrees of its earlier siblings: among the subtrees
+    # of all children, those before it but for the children of earlier nodes.
+    children = _sorted(parent, len(parent))
+    sizes = size.take(children)
+    sizes[0] = 0
+    place = np.empty_like(parent)
+    place[children] = sizes.cumsum()
+    place -= size
+    place -= ((size - 1).cumsum() - size).take(parent)
+    place[0] = 0
+    for ancestor in ancestors:
+        place += place.take(ancestor)
+    return place[1:] - 1, size[1:]
 
 
-def _query_ranges(forest: ForestArrays, depth: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """First query of each node and the one behind its last, with the queries depth-first."""
-    num_nodes = len(depth)
-    by_level = np.argsort(depth * (num_nodes + 1) + forest.parent, kind="stable")
-    parent = forest.parent[by_level]
-    below_roots = [slice(a, b) for a, b in pairwise(np.cumsum(np.bincount(depth)).tolist())]
+def _sorted(keys: Int64Array, bound: int) -> Int64Array:
+    """Stable order of keys from 0 to below the bound; those of 16 bits are sorted by radix."""
+    narrow = keys.astype(np.uint16) if bound <= 1 << 16 else keys
+    return narrow.argsort(kind="stable")
 
-    # One entry more than nodes: index -1, the parent of the roots, is the forest itself.
-    own = np.zeros(num_nodes + 1, np.int64)
-    np.add.at(own, forest.leaf, forest.query_len)
-    count = own.copy()
-    for level in reversed(below_roots):
-        np.add.at(count, parent[level], count[by_level[level]])
 
-    # A node's own queries come first, then those of its children, sibling after sibling.
-    counts = count[by_level]
-    before = np.cumsum(counts) - counts
-    first_sibling = np.append(0, np.flatnonzero(parent[1:] != parent[:-1]) + 1)
-    siblings = np.diff(first_sibling, append=num_nodes)
-    begin = np.zeros(num_nodes + 1, np.int64)
-    begin[by_level] = before - np.repeat(before[first_sibling], siblings) + own[parent]
-    for level in below_roots:
-        begin[by_level[level]] += begin[parent[level]]
-    return begin[:-1], (begin + count)[:-1]
+def _queries(
+    sequences: Int64Array, query_len: Int64Array, path_len: Int64Array
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Packed place and position of each query in the order `sequences`, and where each ends.
+
+    Args:
+        query_len, path_len: of each sequence, in the packed order.
+    """
+    path_len = path_len.take(sequences)
+    if query_len.max() == 1:
+        return sequences, path_len - 1, np.arange(1, len(sequences) + 1)
+    packed_end, query_len = query_len.cumsum().take(sequences), query_len.take(sequences)
+    end = query_len.cumsum()
+    queries = np.arange(end[-1])
+    return (
+        queries + np.repeat(packed_end - end, query_len),
+        queries + np.repeat(path_len - end, query_len),
+        end,
+    )

@@ -2,22 +2,27 @@
 
 import html
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
 from attention.backends import choose
 from attention.counting import tokens_per_path, tokens_read
-from attention.errors import InvalidForest
+from attention.errors import InvalidForest, PlanMismatch
 from attention.explain import Explanation, WorkSummary, explain
 from attention.forest import ForestArrays
 from attention.node_sets import NodeSets
+from attention.ops import handle_of
 from attention.options import RunOptions
 from attention.problem import Problem
 from attention.reference_work import ReferenceWork
 from attention.segments import FloatArray, Segments, segments_of
 from attention.torch_backend import TorchWork
+
+AnyArray = npt.NDArray[Any]
 
 
 class Work(Protocol):
@@ -29,9 +34,10 @@ class Work(Protocol):
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial: ...
     def summary(self) -> WorkSummary: ...
+    def advance(self, slots: AnyArray) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What `attention.run` executes. Made by `attention.plan`; holds no token and no KV.
 
@@ -42,6 +48,7 @@ class Plan:
         min_num_blocks: blocks the caches must have: the highest block id + 1.
         segments: what is attended to and by whom, for any backend.
         work: what the backend made of them.
+        handle: int64 [1] on the CPU, what stands for the plan in a compiled graph.
     """
 
     problem: Problem
@@ -50,6 +57,10 @@ class Plan:
     min_num_blocks: int
     segments: Segments = field(repr=False)
     work: Work = field(repr=False)
+    handle: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", handle_of(self))
 
     @property
     def kv_tokens_read(self) -> int:
@@ -68,6 +79,26 @@ class Plan:
     def backend(self) -> str:
         """Name of the backend that runs the plan."""
         return self.work.name
+
+    def advance(self, slots: npt.ArrayLike | torch.Tensor) -> None:
+        """Go on to the next decode step: every sequence grows by a token, its query moves to it.
+
+        The plan runs then as one made anew, in the same tensors. What it says of itself, `segments`
+        and `explain`, stays that of the step it was made for.
+
+        Args:
+            slots: integers [S], slot (block * block_size + offset) of each sequence's new token.
+
+        Raises:
+            PlanMismatch: slots are no S integers of at least 0.
+            PlanExhausted: the plan was advanced as often as it reserved room for.
+
+        O(S) on the host, and one copy to a GPU.
+        """
+        slots = slots.cpu().numpy() if isinstance(slots, torch.Tensor) else np.asarray(slots)
+        self.work.advance(slots)
+        needed = int(slots.max()) // self.block_size + 1
+        object.__setattr__(self, "min_num_blocks", max(self.min_num_blocks, needed))
 
     def explain(self) -> Explanation:
         """What one layer takes and what sharing is worth; `print` it."""
@@ -93,6 +124,7 @@ def plan(
     temperature: FloatArray | None = None,
     log_weight: FloatArray | None = None,
     batch_invariant: bool = False,
+    reserve: int = 0,
     backend: str | None = None,
     num_blocks: int | None = None,
 ) -> Plan:
@@ -114,6 +146,7 @@ def plan(
             and the other is added to them, so that exp(log_weight) weighs the node (1 and 0 by
             default).
         batch_invariant: the results of a sequence have the same bits whatever else is planned.
+        reserve: how often the plan can be advanced; more than 0 for sequences of one query only.
         backend: "triton" (kernels for CUDA of compute capability 8.0 and ROCm gfx9xx, or on the
             CPU under TRITON_INTERPRET=1), "torch" (torch operations, any device) or "reference"
             (float64, one query at a time, any device: what the others are held to). By default
@@ -126,7 +159,7 @@ def plan(
         UnsupportedBackend: the backend asked for cannot run this.
 
     Host work in O(nodes log nodes + blocks + queries of all work items), vectorised: Python loops
-    over levels and batched calls only.
+    over batched calls and the members of node sets only.
     """
     problem = Problem(
         num_q_heads=num_q_heads,
@@ -155,7 +188,7 @@ def plan(
         block_size=segments.block_size,
         min_num_blocks=highest_block + 1,
         segments=segments,
-        work=_work(chosen, problem, source, segments, temperature, log_weight),
+        work=_work(chosen, problem, source, segments, temperature, log_weight, reserve),
     )
 
 
@@ -166,14 +199,17 @@ def _work(
     segments: Segments,
     temperature: FloatArray | None,
     log_weight: FloatArray | None,
+    reserve: int,
 ) -> Work:
+    if reserve and backend != "triton":
+        raise PlanMismatch(f"reserve is {reserve}, expected 0 for the backend {backend!r}")
     match backend:
         case "reference":
-            return ReferenceWork(problem, source, temperature, log_weight)
+            return ReferenceWork(problem, segments, source, temperature, log_weight)
         case "triton":
             # Planning for torch needs no Triton.
             from attention.triton_backend.work import TritonWork
 
-            return TritonWork(problem, segments)
+            return TritonWork(problem, segments, reserve)
         case _:
             return TorchWork(problem, segments)

@@ -1,6 +1,7 @@
 """What every layer of a plan has in common: heads, dimensions, dtypes, layout, what is visible."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -29,6 +30,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Raise PlanMismatch for the first field outside what `attention.plan` takes."""
+        for name in ("num_q_heads", "num_kv_heads", "head_dim", "value_head_dim", "sink_tokens"):
+            _check_integer(name, getattr(self, name))
+        if self.window is not None:
+            _check_integer("window", self.window)
         for name in ("num_kv_heads", "head_dim", "value_head_dim"):
             if getattr(self, name) < 1:
                 raise PlanMismatch(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -61,7 +66,7 @@ class Problem:
     @property
     def precision(self) -> torch.dtype:
         """Of logits, partials and lse: float64 where q is, float32 otherwise."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return lse_dtype(self.dtype)
 
     @property
     def token_bytes(self) -> int:
@@ -72,3 +77,13 @@ class Problem:
     def pair_flops(self) -> int:
         """Floating-point operations of one query on one token, all heads together."""
         return 2 * self.num_q_heads * (self.head_dim + self.value_head_dim)
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not isinstance(value, Integral):
+        raise PlanMismatch(f"{name} is {value!r}, expected an integer")
+
+
+def lse_dtype(q_dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exp, and of all that is computed on the way to it."""
+    return torch.float64 if q_dtype == torch.float64 else torch.float32

@@ -1,10 +1,16 @@
 """Runs a plan on the tensors of one layer."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from attention.errors import PlanMismatch
-from attention.options import RunOptions
+from attention.ops import LIBRARY, plan_of
+from attention.options import RunOptions, check_option, scale_shapes
 from attention.plan import Plan
+from attention.problem import Problem, lse_dtype
 
 
 @torch.no_grad()
@@ -32,7 +38,7 @@ def run(
             contiguous last dimension.
         v_cache: as k_cache, with value_head_dim; may be a view of k_cache (multi-head latent
             attention).
-        scale: factor on the logits, head_dim ** -0.5 by default.
+        scale: factor on the logits, positive, head_dim ** -0.5 by default.
         softcap: logits become softcap * tanh(logits / softcap) after scaling.
         alibi_slopes: float32 [num_q_heads] (Press et al. 2021, arXiv 2108.12409).
         k_scale, v_scale: float32, of one element or [num_kv_heads]: what K and V of the caches are
@@ -46,20 +52,61 @@ def run(
         PlanMismatch: a tensor is not of the shape, dtype, device or layout of the plan.
 
     The same tensors give the same bits on every run. Not differentiable: the results carry no
-    gradient.
+    gradient. `torch.compile` sees one node, the operator prefixtree::run, into which plans go as
+    tensors: another plan runs through the same graph.
     """
-    _check(plan, q, k_cache, v_cache, softcap)
-    scale = plan.problem.head_dim**-0.5 if scale is None else scale
-    options = RunOptions(scale, softcap, alibi_slopes, k_scale, v_scale)
-    return plan.work.run(q, k_cache, v_cache, options)
+    if torch.compiler.is_compiling():
+        return _operator(
+            plan.handle, q, k_cache, v_cache, scale, softcap, alibi_slopes, k_scale, v_scale
+        )
+    return _execute(plan, q, k_cache, v_cache, scale, softcap, alibi_slopes, k_scale, v_scale)
 
 
-def _check(
+def _execute(
     plan: Plan,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    scale: float | None,
     softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    problem = plan.problem
+    scale = problem.head_dim**-0.5 if scale is None else scale
+    options = RunOptions(scale, softcap, alibi_slopes, k_scale, v_scale)
+    _check_tensors(plan, q, k_cache, v_cache)
+    _check_options(problem, options)
+    return plan.work.run(q, k_cache, v_cache, options)
+
+
+LIBRARY.define(
+    "run(Tensor handle, Tensor q, Tensor k_cache, Tensor v_cache, float? scale, float? softcap, "
+    "Tensor? alibi_slopes, Tensor? k_scale, Tensor? v_scale) -> (Tensor, Tensor)",
+    # A plan expects strides. What Inductor would record and replay are the kernels of one plan.
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe),
+)
+
+
+def _run(handle: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _execute(plan_of(handle), *arguments)
+
+
+def _run_shapes(
+    handle: torch.Tensor, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = q.new_empty((*q.shape[:2], v_cache.shape[-1]))
+    return out, q.new_empty(q.shape[:2], dtype=lse_dtype(q.dtype))
+
+
+LIBRARY.impl("run", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("prefixtree::run", _run_shapes, lib=LIBRARY)
+_operator: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.prefixtree.run.default
+
+
+def _check_tensors(
+    plan: Plan, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
 ) -> None:
     problem = plan.problem
     expected = (plan.num_queries, problem.num_q_heads, problem.head_dim)
@@ -72,11 +119,11 @@ def _check(
         ("k_cache", k_cache, problem.head_dim),
         ("v_cache", v_cache, problem.value_head_dim),
     ):
-        block = (*inner, head_dim)
-        if cache.shape[1:] != block or cache.shape[0] < plan.min_num_blocks:
+        num_blocks, *block = cache.shape or (0,)
+        if block != [*inner, head_dim] or num_blocks < plan.min_num_blocks:
             raise PlanMismatch(
                 f"{name} has shape {tuple(cache.shape)}, expected at least {plan.min_num_blocks} "
-                f"blocks of {block} in the layout {problem.layout}"
+                f"blocks of {(*inner, head_dim)} in the layout {problem.layout}"
             )
     for name, tensor, dtype in (
         ("q", q, problem.dtype),
@@ -91,5 +138,18 @@ def _check(
             raise PlanMismatch(
                 f"{name} has stride {tensor.stride(-1)} in its last dimension, expected 1"
             )
-    if softcap is not None and not softcap > 0:
+
+
+def _check_options(problem: Problem, options: RunOptions) -> None:
+    scale, softcap, alibi_slopes, k_scale, v_scale = options
+    if not 0 < scale < math.inf:
+        raise PlanMismatch(f"scale is {scale}, expected a positive number or None")
+    if softcap is not None and not 0 < softcap < math.inf:
         raise PlanMismatch(f"softcap is {softcap}, expected a positive number or None")
+    if alibi_slopes is not None:
+        shape = (problem.num_q_heads,)
+        check_option("alibi_slopes", alibi_slopes, (shape,), problem.device, PlanMismatch)
+    for name, tensor in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if tensor is not None:
+            shapes = scale_shapes(problem.num_kv_heads)
+            check_option(name, tensor, shapes, problem.device, PlanMismatch)

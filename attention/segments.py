@@ -22,6 +22,10 @@ FloatArray = npt.NDArray[np.floating]
 class Segments(NamedTuple):
     """M segments of one or more tokens each, and R rows.
 
+    Segments ascend by `row_begin`. Those of a forest stand in depth-first preorder, so that a
+    subtree is consecutive and an ancestor before its descendants; those of node sets by position
+    and node, each beginning where the one before it ends.
+
     Attributes:
         block_size: tokens a block holds.
         blocks: int32, block ids of all nodes.
@@ -88,7 +92,10 @@ def segments_of(
 
 def _of_forest(forest: ForestArrays) -> Segments:
     order = depth_first(forest)
-    node = np.flatnonzero(order.end > order.begin)
+    node, begin, end, depth = order.node, order.begin, order.end, order.depth
+    used = begin < end
+    if np.count_nonzero(used) < len(used):
+        node, begin, end, depth = node[used], begin[used], end[used], depth[used]
     return Segments(
         block_size=forest.block_size,
         blocks=forest.blocks,
@@ -97,13 +104,13 @@ def _of_forest(forest: ForestArrays) -> Segments:
         position=order.position,
         run_end=order.sequence_end,
         node=node,
-        start=forest.start[node],
-        length=forest.length[node],
-        offset=forest.offset[node].astype(np.int64),
-        first_block=forest.block_ptr[node],
-        row_begin=order.begin[node],
-        row_end=order.end[node],
-        round=order.depth[node],
+        start=forest.start.take(node),
+        length=forest.length.take(node),
+        offset=forest.offset.take(node).astype(np.int64),
+        first_block=forest.block_ptr.take(node),
+        row_begin=begin,
+        row_end=end,
+        round=depth,
         temperature=None,
         log_weight=None,
     )
@@ -124,8 +131,8 @@ def _of_sets(sets: NodeSets) -> Segments:
     rows = np.arange(run_end[-1])
     member_rows = sets.query_len[of]
     row_begin = run_end - member_rows
-    last = np.cumsum(np.bincount(segment)) - 1
-    row_end = run_end[last]
+    segment_end = np.cumsum(np.bincount(segment))
+    row_end = run_end[segment_end - 1]
     return Segments(
         block_size=sets.block_size,
         blocks=sets.blocks,
@@ -140,32 +147,35 @@ def _of_sets(sets: NodeSets) -> Segments:
         first_block=sets.block_ptr[node],
         row_begin=np.append(0, row_end[:-1]),
         row_end=row_end,
-        round=_rounds(sequence, segment, len(members), len(node)),
+        round=_rounds(of, segment_end, len(members)),
         temperature=None,
         log_weight=None,
     )
 
 
-def _rounds(
-    sequence: Int64Array, segment: Int64Array, num_sequences: int, num_segments: int
-) -> Int64Array:
-    """Rounds in which no two segments of a sequence stand, few of them.
+def _rounds(sequence: Int64Array, segment_end: Int64Array, num_sequences: int) -> Int64Array:
+    """For each segment the first round in which none of its sequences has another one.
 
-    In each round goes every segment that is the first one left of all its sequences (Luby 1986
-    with the segment's number as its priority).
+    Greedy colouring in the order of the segments; the rounds of a sequence are the bits of an
+    integer, so that a step takes as many operations as the segment has sequences.
+
+    Args:
+        sequence: sequences of the first segment, of the second, and so on.
+        segment_end: where those of each segment end.
     """
-    round_ = np.full(num_segments, -1)
-    current = 0
-    while len(segment):
-        first = np.full(num_sequences, num_segments)
-        np.minimum.at(first, sequence, segment)
-        blocked = np.zeros(num_segments, np.bool_)
-        blocked[segment[first[sequence] < segment]] = True
-        chosen = ~blocked[segment]
-        round_[segment[chosen]] = current
-        sequence, segment = sequence[~chosen], segment[~chosen]
-        current += 1
-    return round_
+    sequences, taken, rounds = sequence.tolist(), [0] * num_sequences, []
+    begin = 0
+    for end in segment_end.tolist():
+        of = sequences[begin:end]
+        used = 0
+        for one in of:
+            used |= taken[one]
+        lowest_free = ~used & (used + 1)
+        for one in of:
+            taken[one] |= lowest_free
+        rounds.append(lowest_free.bit_length() - 1)
+        begin = end
+    return np.array(rounds)
 
 
 def _per_node(

@@ -273,7 +273,7 @@ class PrefixCache:
         top = root
         if tokens is not None:
             prefix = as_prompt(tokens)
-            place = self._tree.walk(prefix.tobytes(), root)
+            place = self._tree.walk(prefix, root)
             if place.matched < len(prefix):
                 return Forgotten(blocks=0, tokens=0, kept_tokens=0)
             top = self._tails.land(place)
@@ -312,18 +312,17 @@ class PrefixCache:
         batch = self._as_batch(batch)
         added = as_tokens(tokens)
         lens = batch.per_sequence(counts, 1, "counts")
-        outside = counts is not None and (lens < 0) | (lens > len(added))
-        if np.any(outside):
+        if counts is not None and (outside := (lens < 0) | (lens > len(added))).any():
             wrong = int(lens[outside][0])
             raise InvalidLength(f"counts must be 0..{len(added)}, the tokens given, got {wrong}")
-        if lens.sum() != len(added):
-            raise InvalidLength(f"{len(added)} tokens for counts that sum to {int(lens.sum())}")
-        lacking = self._tails.blocks_needed(batch.tails, lens)
-        needed = int(lacking.sum())
-        self._require(needed, coming=self._tails.retired_by(batch.tails))
+        total = len(batch) if counts is None else int(lens.sum())
+        if total != len(added):
+            raise InvalidLength(f"{len(added)} tokens for counts that sum to {total}")
+        growth = self._tails.growth(batch.tails, lens)
+        self._require(growth.blocks, coming=self._tails.retired_by(batch.tails))
         self._tails.settle(batch.tails)
-        self._free_up(needed, "append")
-        return self._tails.extend(batch.tails, lens, lacking, added)
+        self._free_up(growth.blocks, "append")
+        return self._tails.extend(growth, added)
 
     @guarded
     def commit(self, batch: Batch | Iterable[Sequence]) -> Int64s:
@@ -511,7 +510,7 @@ class PrefixCache:
 
     def _find(self, wanted: Int32s, namespace: Namespace) -> Place:
         root = self._tree.root_of(as_namespace(namespace))
-        return NOWHERE if root < 0 else self._tree.walk(wanted.tobytes(), root)
+        return NOWHERE if root < 0 else self._tree.walk(wanted, root)
 
     def _start(self, prompt: Int32s, namespace: Namespace, reason: str) -> tuple[int, int]:
         """A pinned tail for a prompt, and how much of it was cached; or `OutOfBlocks`."""
@@ -596,7 +595,7 @@ class PrefixCache:
         if batch.cache is not self:
             raise InvalidBatch("the batch belongs to another cache")
         closed = np.asarray(self._tree.nodes.writer)[batch.tails] != batch.serials
-        if closed.any():
+        if np.count_nonzero(closed):
             at = int(closed.argmax())
             sequence = batch.sequences[at]
             state = "preempted" if sequence.is_preempted else "closed"

@@ -9,7 +9,7 @@ import numpy as np
 
 from prefixtree.columns import Int32s
 from prefixtree.evictions import Eviction, EvictionLog
-from prefixtree.tokens import common_prefix
+from prefixtree.tokens import agreement
 from prefixtree.tree import ROOT, Namespace, Place, RadixTree
 
 
@@ -80,9 +80,8 @@ def explain(
     if cached < len(wanted):
         node, at = (place.child if place.within else place.node, cached) if place else (ROOT, 0)
         eviction = log.find(node, at, int(wanted[at]))
-        data = wanted.tobytes()
         for other, root in tree.roots():
-            if other != namespace and (further := tree.walk(data, root).matched) > cached:
+            if other != namespace and (further := tree.walk(wanted, root).matched) > cached:
                 elsewhere.append((other, further))
         elsewhere.sort(key=lambda found: -found[1])
         if pending:
@@ -105,8 +104,8 @@ def _agrees_in_part(tree: RadixTree, place: Place, wanted: Int32s) -> bool:
     if len(wanted) - place.matched < tree.align:
         return True
     if place.within:
-        behind = tree.edge(place.child)[4 * place.within :]
-        return common_prefix(behind, wanted.tobytes(), place.matched) > 0
+        behind = np.frombuffer(tree.edge(place.child), np.int32)[place.within :]
+        return agreement(behind, wanted[place.matched :]) > 0
     nodes = tree.nodes
     below = np.flatnonzero(
         (np.asarray(nodes.parent) == place.node) & (np.asarray(nodes.linked) > 0)

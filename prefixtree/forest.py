@@ -45,36 +45,42 @@ def build_forest(tree: RadixTree, tails: Int64s, kv_lens: Int64s, query_lens: In
     parents, starts = np.asarray(nodes.parent), np.asarray(nodes.start)
     committed = np.asarray(nodes.length)
     tail_lengths = kv_lens - starts[tails]
-    leaves = np.where(tail_lengths > 0, tails, parents[tails])
+    with_tail = tail_lengths > 0
+    leaves = np.where(with_tail, tails, parents[tails])
 
     # Place in the forest, counted from 1; 0 elsewhere, and again when this is done.
     place = np.asarray(nodes.place)
     levels = [np.empty(0, np.int64)]
     level = leaves
     while len(level):
-        place[level] = 1
-        level = np.unique(level)
+        # Of those that are in a level twice, the one that wrote its number last stays.
+        numbers = np.arange(1, len(level) + 1, dtype=np.int32)
+        place[level] = numbers
+        level = level[place[level] == numbers]
         levels.append(level)
         level = parents[level]
         level = level[(committed[level] > 0) & (place[level] == 0)]  # roots are empty
     members = np.concatenate(levels)
-    members = members[np.argsort(starts[members], kind="stable")]
+    member_starts = starts[members]
+    order = np.argsort(member_starts, kind="stable")
+    members = members[order]
     place[members] = np.arange(1, len(members) + 1)
     parent, leaf = place[parents[members]] - 1, place[leaves] - 1
+    place[members] = 0
 
     lengths = committed[members]
-    with_tail = tail_lengths > 0
     lengths[leaf[with_tail]] = tail_lengths[with_tail]
-    place[members] = 0
     offsets = np.asarray(nodes.offset)[members]
-    counts = -(-(offsets + lengths) // tree.block_size)
+    block_ptr = np.zeros(len(members) + 1, np.int64)
+    counts = (offsets + lengths + (tree.block_size - 1)) // tree.block_size
+    np.add.accumulate(counts, out=block_ptr[1:])
     return Forest(
         block_size=tree.block_size,
         parent=parent,
-        start=starts[members],
+        start=member_starts[order],
         length=lengths,
         offset=offsets,
-        block_ptr=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+        block_ptr=block_ptr,
         blocks=tree.blocks.gather(members, counts),
         leaf=leaf,
         query_len=query_lens,

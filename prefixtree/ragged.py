@@ -20,6 +20,10 @@ LEAST = 1 << 18
 """Entries of a buffer: few long lists that come and go do not fill it again and again."""
 
 
+LONG = 128
+"""Entries from which on a list is copied on its own, not by an index for all entries of many."""
+
+
 class RaggedInts:
     """Lists numbered by their owner's rows; a row never set is an empty list.
 
@@ -100,7 +104,11 @@ class RaggedInts:
         self._make_room(int(rooms.sum()))
         sizes = np.asarray(self.size)[rows]
         starts = self._end + np.cumsum(rooms) - rooms
-        self._buffer[spans(starts, sizes)] = self.gather(rows, sizes)
+        if int(sizes.sum()) < LONG * len(rows):
+            self._buffer[spans(starts, sizes)] = self.gather(rows, sizes)
+        else:  # an index for each entry would take longer than the copies
+            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
+                self._buffer[start : start + self.size[row]] = self.get(row)
         np.asarray(self._start)[rows] = starts
         np.asarray(self._room)[rows] = rooms
         self._end += int(rooms.sum())

@@ -17,10 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, SupportsFloat, SupportsIndex
 
+import numpy as np
+
 from allocator.errors import InvalidArgument, at_least
 from prefixtree.cache import PrefixCache
 from prefixtree.columns import Int32s
-from prefixtree.tokens import TokensLike, agreement, as_prompt, common_prefix
+from prefixtree.tokens import TokensLike, agreement, as_prompt
 from prefixtree.tree import DEFAULT, Namespace
 
 
@@ -71,7 +73,8 @@ def heaviest_subtree_first(cache: PrefixCache, waiting: Iterable[Waiting]) -> li
     before = b""
     for index in sorted(range(len(looked)), key=matches.__getitem__):
         match = matches[index]
-        _close(path, max(0, common_prefix(before, match, 0) - 1))
+        shared = agreement(np.frombuffer(before, np.int32), np.frombuffer(match, np.int32))
+        _close(path, max(0, shared - 1))
         if looked[index].cached > path[-1].depth:
             path.append(_Subtree(looked[index].cached))
         path[-1].ending.append(index)

@@ -7,6 +7,8 @@ blocks enough.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from allocator import BlockPool
@@ -15,6 +17,21 @@ from prefixtree.pins import Pins
 from prefixtree.ragged import spans
 from prefixtree.retention import Retained
 from prefixtree.tree import Place, RadixTree
+
+
+class Growth(NamedTuple):
+    """What it takes to append to S tails."""
+
+    tails: Int64s
+    """[S]"""
+    counts: Int64s
+    """[S] tokens to append."""
+    filled: Int64s
+    """[S] slots of the tail's blocks that are behind it or its own."""
+    needed: Int64s
+    """[S] blocks that it lacks."""
+    blocks: int
+    """All that lack."""
 
 
 class Tails:
@@ -97,29 +114,29 @@ class Tails:
         if tail in self._retired:
             self._release(self._retired.pop(tail))
 
-    def blocks_needed(self, tails: Int64s, counts: Int64s) -> Int64s:
-        """Blocks that each tail lacks for `counts` more tokens."""
-        block_size = self._tree.block_size
-        held: Int64s = np.asarray(self._tree.blocks.size)[tails]
-        return -(-(self._filled(tails) + counts) // block_size) - held
-
-    def extend(self, tails: Int64s, counts: Int64s, needed: Int64s, tokens: Int32s) -> Int64s:
-        """Appends `counts[i]` of the packed `tokens` to tail i; returns their slots.
-
-        `needed` are the `blocks_needed` for that.
-        """
+    def growth(self, tails: Int64s, counts: Int64s) -> Growth:
+        """What `counts[i]` more tokens for tail i take."""
         tree = self._tree
-        total = int(needed.sum())
-        if total:
-            growing = np.flatnonzero(needed)
+        sizes: Int64s = np.asarray(tree.tail_tokens.size)[tails]
+        filled = sizes + np.asarray(tree.nodes.offset)[tails]
+        held = np.asarray(tree.blocks.size)[tails]
+        needed = (filled + counts + (tree.block_size - 1)) // tree.block_size - held
+        return Growth(tails, counts, filled, needed, int(np.add.reduce(needed)))
+
+    def extend(self, growth: Growth, tokens: Int32s) -> Int64s:
+        """Appends the packed `tokens` to the tails; returns their slots."""
+        tree = self._tree
+        tails, counts = growth.tails, growth.counts
+        if growth.blocks:
+            growing = np.flatnonzero(growth.needed)
             behind = self._last_block(int(tails[growing[0]]))
-            fresh = self._pool.allocate(total, after=behind)
-            tree.blocks.extend(tails[growing], needed[growing], fresh)
-        places = spans(self._filled(tails), counts)
+            fresh = self._pool.allocate(growth.blocks, after=behind)
+            tree.blocks.extend(tails[growing], growth.needed[growing], fresh)
+        places = spans(growth.filled, counts)
         tree.tail_tokens.extend(tails, counts, tokens)
-        owners = np.repeat(tails, counts)
-        index, within = np.divmod(places, tree.block_size)
-        return tree.blocks.at(owners, index).astype(np.int64) * tree.block_size + within
+        owners = tails if places is growth.filled else np.repeat(tails, counts)
+        index = places // tree.block_size
+        return (tree.blocks.at(owners, index) - index) * tree.block_size + places
 
     def commit_all(self, tails: Int64s) -> Int64s:
         """All tokens of these sequences are written; returns which of them moved.
@@ -131,16 +148,15 @@ class Tails:
         sizes = np.asarray(tree.tail_tokens.size)[tails]
         np.asarray(nodes.written)[tails] = sizes
         lengths = np.asarray(nodes.length)
-        found = sizes - sizes % tree.align
-        linked = np.asarray(nodes.linked)[tails] != 0
-        tree.cached_tokens += int((found - lengths[tails])[linked].sum())
-        lengths[tails[linked]] = found[linked]
-        fresh = np.flatnonzero(~linked & (found > 0))
-        moved = [
-            self._publish(tail, length)
-            for tail, length in zip(tails[fresh].tolist(), found[fresh].tolist(), strict=True)
-        ]
-        return fresh[np.array(moved, np.bool_)]
+        before = lengths[tails]
+        found = sizes if tree.align == 1 else sizes // tree.align * tree.align
+        fresh = np.flatnonzero((before == 0) & (found > 0))  # those not linked yet
+        first = found[fresh].tolist()
+        found[fresh] = 0
+        tree.cached_tokens += int(np.add.reduce(found - before))
+        lengths[tails] = found
+        moved = map(self._publish, tails[fresh].tolist(), first)
+        return fresh[np.fromiter(moved, np.bool_, len(fresh))]
 
     def commit(self, tail: int, length: int) -> bool:
         """The KV of the sequence's positions below `length` is written; whether it moved."""
@@ -257,7 +273,7 @@ class Tails:
         if tree.child(parent, tokens[: tree.align].tobytes()) < 0:
             tree.link(tail)
             return False
-        place = tree.walk(tokens.tobytes(), parent)
+        place = tree.walk(tokens, parent)
         node = self.land(place)
         self._move_pin(parent, node)
         gone = tree.drop_front(tail, place.matched)
@@ -283,12 +299,6 @@ class Tails:
         # This order: no node of the common path is unpinned in between.
         self._pins.pin(target)
         self._pins.unpin(source)
-
-    def _filled(self, tails: Int64s) -> Int64s:
-        """Slots of each tail's blocks that are behind it or its own."""
-        sizes: Int64s = np.asarray(self._tree.tail_tokens.size)[tails]
-        offsets: Int32s = np.asarray(self._tree.nodes.offset)[tails]
-        return sizes + offsets
 
     def _last_block(self, tail: int) -> int | None:
         tree = self._tree

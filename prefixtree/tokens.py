@@ -17,6 +17,8 @@ TokensLike: TypeAlias = "AbstractSequence[int] | npt.NDArray[np.integer[Any]] | 
 
 MAX_TOKEN = 2**31 - 1
 
+INT32 = np.dtype(np.int32)
+
 
 def as_tokens(tokens: TokensLike) -> Int32s:
     """Token ids as a contiguous int32 array.
@@ -24,27 +26,32 @@ def as_tokens(tokens: TokensLike) -> Int32s:
     Raises `InvalidTokens` for ids that are not integers or outside 0..2**31-1 (named with their
     position) and for anything not 1-d. O(n); an int32 array is only scanned, not converted.
     """
-    if isinstance(tokens, (list, tuple, range)):
-        values = _from_python_ints(tokens)
-    else:
-        try:
-            values = np.asarray(tokens.cpu() if hasattr(tokens, "cpu") else tokens)
-        except (TypeError, ValueError, RuntimeError):  # torch's bfloat16 or meta, ragged objects
-            raise InvalidTokens(f"tokens must be integers, got {tokens!r:.60}") from None
-        if values.ndim != 1:
-            raise InvalidTokens(
-                f"tokens must be a 1-d run of integers, got {tokens!r:.60} of shape {values.shape}"
-            )
-        if values.dtype.kind not in "iu":
-            raise InvalidTokens(f"tokens must be integers, got {values.dtype} ({tokens!r:.60})")
-    if values.dtype == np.int32 and values.flags.c_contiguous:
-        # One scan instead of two: seen as unsigned, negative ids are the largest.
-        if not len(values) or values.view(np.uint32).max() <= MAX_TOKEN:
-            return values.view(np.int32)
+    values: npt.NDArray[Any] = _as_array(tokens)
+    if values.dtype == INT32 and values.flags.c_contiguous:
+        if not len(values) or np.minimum.reduce(values) >= 0:
+            return values
     elif not len(values) or (values.min() >= 0 and values.max() <= MAX_TOKEN):
         return np.ascontiguousarray(values, np.int32)
     at = int(((values < 0) | (values > MAX_TOKEN)).argmax())
     raise InvalidTokens(f"token ids must be 0..{MAX_TOKEN}, got {values[at]} at {at}")
+
+
+def _as_array(tokens: TokensLike) -> npt.NDArray[np.integer[Any]]:
+    """The ids in one dimension, of whatever integer type; no copy of an array."""
+    if isinstance(tokens, (list, tuple, range)):
+        return _from_python_ints(tokens)
+    if type(tokens) is not np.ndarray:
+        try:
+            tokens = np.asarray(tokens.cpu() if hasattr(tokens, "cpu") else tokens)
+        except (TypeError, ValueError, RuntimeError):  # torch's bfloat16 or meta, ragged objects
+            raise InvalidTokens(f"tokens must be integers, got {tokens!r:.60}") from None
+    if tokens.ndim != 1:
+        raise InvalidTokens(
+            f"tokens must be a 1-d run of integers, got {tokens!r:.60} of shape {tokens.shape}"
+        )
+    if tokens.dtype.kind not in "iu":
+        raise InvalidTokens(f"tokens must be integers, got {tokens.dtype} ({tokens!r:.60})")
+    return tokens
 
 
 def _from_python_ints(tokens: AbstractSequence[int]) -> npt.NDArray[np.integer[Any]]:
@@ -73,11 +80,3 @@ def agreement(left: Int32s, right: Int32s) -> int:
     differs = left[:count] != right[:count]
     first = int(differs.argmax()) if count else 0
     return first if count and differs[first] else count
-
-
-def common_prefix(edge: bytes, data: bytes, at: int) -> int:
-    """How many tokens `edge` and `data` from token `at` on agree in. O(edge) in C."""
-    left = np.frombuffer(edge, np.int32)
-    return agreement(
-        left, np.frombuffer(data, np.int32, min(len(left), len(data) // 4 - at), 4 * at)
-    )

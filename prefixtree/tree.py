@@ -30,7 +30,7 @@ import numpy.typing as npt
 from prefixtree.columns import Column, Columns, FloatColumn, Int32s, Int64s
 from prefixtree.errors import InvalidNamespace
 from prefixtree.ragged import RaggedInts
-from prefixtree.tokens import common_prefix
+from prefixtree.tokens import agreement
 
 ROOT = 0
 
@@ -117,7 +117,8 @@ class RadixTree:
         self.block_size = block_size
         self.align = align
         self.nodes = NodeTable()
-        self.tokens: list[bytes] = []
+        # An array of `bytes`, since the garbage collector does not walk through arrays.
+        self.tokens: npt.NDArray[np.object_] = np.empty(0, np.object_)
         self.blocks = RaggedInts()
         self.tail_tokens = RaggedInts()
         self.cached_tokens = 0  # in linked nodes
@@ -133,10 +134,8 @@ class RadixTree:
         """An empty, unlinked, unpinned node behind `parent`. O(1)."""
         nodes = self.nodes
         node = nodes.new()
-        if node == len(self.tokens):
-            self.tokens.append(b"")
-            self.blocks.reach(node)
-            self.tail_tokens.reach(node)
+        if node >= len(self.tokens):
+            self._reach(2 * node)
         nodes.parent[node] = parent
         nodes.start[node] = 0 if node == ROOT else self.end(parent)
         nodes.writer[node] = writer
@@ -197,15 +196,23 @@ class RadixTree:
 
         ends = np.cumsum(length)
         packed, cuts = tokens.tobytes(), [0, *(4 * ends).tolist()]
-        self.tokens.extend(packed[start:stop] for start, stop in pairwise(cuts))
-        edges = map(self._key, above.tolist(), self.tokens[first:])
-        self._child = dict(zip(edges, range(first, first + count), strict=True))
-        self.blocks.reach(first + count - 1)
-        self.tail_tokens.reach(first + count - 1)
+        edges = [packed[start:stop] for start, stop in pairwise(cuts)]
+        self._reach(first + count)
+        self.tokens[first : first + count] = edges
+        keys = map(self._key, above.tolist(), edges)
+        self._child = dict(zip(keys, range(first, first + count), strict=True))
         held = -(-(fields["offset"] + length) // self.block_size)
         self.blocks.extend(np.arange(first, first + count), held, blocks)
         self.cached_tokens = len(tokens)
         self._made = max(self._made, int(fields["created"].max(initial=0)))
+
+    def _reach(self, node: int) -> None:
+        """Makes room for the tokens and blocks of nodes up to this one."""
+        tokens = np.full(node + 1, b"", np.object_)
+        tokens[: len(self.tokens)] = self.tokens
+        self.tokens = tokens
+        self.blocks.reach(node)
+        self.tail_tokens.reach(node)
 
     def root_of(self, namespace: Namespace) -> int:
         """The root of a namespace, or -1 when nothing is in it."""
@@ -259,7 +266,7 @@ class RadixTree:
 
     def edge(self, node: int) -> bytes:
         """The node's tokens as int32 bytes, brought up to date after commits and cuts."""
-        known = self.tokens[node]
+        known: bytes = self.tokens[node]
         size = 4 * self.nodes.length[node]
         if len(known) < size:
             fresh = self.tail_tokens.get(node)[len(known) // 4 : size // 4]
@@ -268,27 +275,30 @@ class RadixTree:
             known = self.tokens[node] = known[:size]
         return known
 
-    def walk(self, data: bytes, node: int = ROOT) -> Place:
-        """Follows `data` (int32 bytes) down from the end of `node` as far as the tree goes.
+    def walk(self, wanted: Int32s, node: int = ROOT) -> Place:
+        """Follows `wanted` down from the end of `node` as far as the tree goes.
 
-        One dictionary lookup and one comparison in C a node passed.
+        One dictionary lookup and one comparison in C a node passed; tokens behind the match are
+        not read.
         """
         align = self.align
-        last = len(data) // 4 - align
+        last = len(wanted) - align
         at = 0
         tokens, length = self.tokens, self.nodes.length
+        memory = wanted.data  # quicker to slice than an array
         while at <= last:
-            key = int.from_bytes(data[4 * at : 4 * (at + align)], sys.byteorder) << 32 | node
+            key = int.from_bytes(memory[at : at + align], sys.byteorder) << 32 | node
             child = self._child.get(key, -1)
             if child < 0:
                 break
             edge = tokens[child]
             if len(edge) != 4 * length[child]:
                 edge = self.edge(child)
-            if not data.startswith(edge, 4 * at):
-                return Place(node, at, child, self.aligned(common_prefix(edge, data, at)))
-            at += len(edge) // 4
-            node = child
+            end = at + len(edge) // 4
+            if memory[at:end].tobytes() != edge:
+                known = np.frombuffer(edge, np.int32)
+                return Place(node, at, child, self.aligned(agreement(known, wanted[at:end])))
+            at, node = end, child
         return Place(node, at, -1, 0)
 
     def path(self, node: int) -> list[int]:
@@ -497,7 +507,8 @@ class RadixTree:
         """What the node is found by."""
         if self.nodes.writer[node]:
             return self.tail_tokens.get(node)[: self.align].tobytes()
-        return self.tokens[node]
+        first: bytes = self.tokens[node]
+        return first
 
     def _key(self, node: int, data: bytes) -> int:
         return int.from_bytes(data[: 4 * self.align], sys.byteorder) << 32 | node

@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("allocator", "attention", "prefixtree")
 
 # Where the packages come together: the only places that may import attention from prefixtree.
-MEETING_PLACES = ("prefixtree/engines/", "prefixtree/demo/", "prefixtree/__main__.py")
+MEETING_PLACES = (
+    "prefixtree/bench/",
+    "prefixtree/demo/",
+    "prefixtree/engines/",
+    "prefixtree/__main__.py",
+)
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -92,6 +97,25 @@ def test_the_import_does_not_load_torch_or_attention(package: str) -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
+
+
+def test_attention_loads_triton_for_kernels_only() -> None:
+    script = """
+import sys
+import numpy
+import torch
+import attention
+forest = attention.Forest(4, *map(numpy.array, ([-1], [0], [3], [0], [0, 1], [0], [0], [1])))
+plan = attention.plan(forest, num_q_heads=1, num_kv_heads=1, head_dim=8, dtype=torch.float32)
+kv = torch.ones(1, 4, 1, 8)
+attention.write(torch.ones(3, 1, 8), torch.ones(3, 1, 8), kv, kv, torch.arange(3))
+attention.run(plan, torch.ones(1, 1, 8), kv, kv)
+print('triton' in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_a_cache_works_without_loading_torch() -> None:

@@ -1,52 +1,92 @@
 """Runs a plan with torch operations, on any device; the fast path on CPU."""
 
-import math
+from typing import NamedTuple
 
 import torch
 
-from attention.algebra import Partial, merge, merge_
+from attention.algebra import Partial, merge_
 from attention.options import RunOptions
-from attention.problem import Problem
-from attention.torch_backend.batches import KV_TILE
+from attention.problem import FLOAT8_DTYPES, Problem
 from attention.torch_backend.groups import Group
+from attention.torch_backend.kv import tokens_of
+from attention.torch_backend.softmax import Bias, softmax
 
-# Logits that the path without a fused kernel holds at once.
-MAX_LOGITS = 1 << 20
+
+class Layer(NamedTuple):
+    """The tensors of one run as the groups read them.
+
+    Attributes:
+        q: [N, Hkv, group, d], query heads that share a KV head side by side.
+        position: int64 [N].
+        k_cache, v_cache: [num_blocks, block_size, Hkv, d], of any strides; float8 as bytes.
+        kv_dtype: of the caches.
+        scale, softcap: see `attention.run`; k_scale is in the scale or in q.
+        slopes: [Hkv, group] in the precision of the logits, or None for 0.
+    """
+
+    q: torch.Tensor
+    position: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    kv_dtype: torch.dtype
+    scale: float
+    softcap: float | None
+    slopes: torch.Tensor | None
+
+    @property
+    def latent(self) -> bool:
+        """Values are the first columns of the keys."""
+        k, v = self.k_cache, self.v_cache
+        same = k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
+        return same and v.shape[3] <= k.shape[3]
 
 
-def execute(
+def layer_of(
     problem: Problem,
-    groups: list[Group],
-    query_index: torch.Tensor | None,
     q: torch.Tensor,
+    position: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     options: RunOptions,
-) -> Partial:
-    """Attention of all queries, in the packed order; arguments as `attention.run` checks them.
-
-    Args:
-        query_index: int64 [R], packed place of each row; None where the rows are in that order.
-    """
-    if query_index is not None:
-        q = q.index_select(0, query_index)
-    # Query heads that share a KV head stand together: [num_queries, Hkv, group, head_dim].
-    q = q.view(len(q), problem.num_kv_heads, -1, problem.head_dim)
+) -> Layer:
+    """Arguments as `attention.run` checks them; q and position in the order of the groups."""
+    q = q.reshape(len(q), problem.num_kv_heads, problem.group, problem.head_dim)
+    scale = options.scale
+    if options.k_scale is not None:
+        if options.k_scale.numel() == 1 and options.k_scale.device.type == "cpu":
+            scale *= float(options.k_scale)
+        else:
+            # Rounded to the dtype of q again, logits would be as far off as that is coarse.
+            q = q.to(problem.precision) * options.k_scale.view(-1, 1, 1)
     if problem.layout == "HND":
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    total = Partial(
-        q.new_zeros((*q.shape[:3], v_cache.shape[3]), dtype=problem.precision),
-        q.new_full(q.shape[:3], -torch.inf, dtype=problem.precision),
-    )
+    if problem.kv_dtype in FLOAT8_DTYPES:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    slopes = options.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.to(problem.precision).view(problem.num_kv_heads, problem.group)
+    return Layer(q, position, k_cache, v_cache, problem.kv_dtype, scale, options.softcap, slopes)
+
+
+def execute(problem: Problem, groups: list[Group], layer: Layer) -> Partial:
+    """Partials of all queries over all groups, [N, Hkv, group, d] in the problem's precision."""
+    total: Partial | None = None
     for group in groups:
-        part = _attend(group, q, k_cache, v_cache, options.scale, options.softcap)
+        part = attend(group, layer)
+        if total is None:
+            if group.first_query == 0 and len(part.o) == len(layer.q) and group.rows is None:
+                total = Partial(part.o.contiguous(), part.lse.contiguous())
+                continue
+            total = _nothing(problem, layer)
         _add(total, group, part)
-    o, lse = total.o.flatten(1, 2).to(q.dtype), total.lse.flatten(1, 2)
-    if query_index is None:
-        return Partial(o, lse)
+    return _nothing(problem, layer) if total is None else total
+
+
+def _nothing(problem: Problem, layer: Layer) -> Partial:
+    shape = layer.q.shape[:3]
     return Partial(
-        torch.empty_like(o).index_copy_(0, query_index, o),
-        torch.empty_like(lse).index_copy_(0, query_index, lse),
+        layer.q.new_zeros((*shape, problem.value_head_dim), dtype=problem.precision),
+        layer.q.new_full(shape, -torch.inf, dtype=problem.precision),
     )
 
 
@@ -72,134 +112,49 @@ def _query_range(group: Group) -> slice:
     return slice(group.first_query, group.first_query + group.size * group.queries)
 
 
-def _attend(
-    group: Group,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-) -> Partial:
+def attend(group: Group, layer: Layer) -> Partial:
     """Partials of a group's rows: o [size * queries, Hkv, group, d] and lse without d."""
+    size, queries = group.size, group.queries
     if group.query_index is not None:
-        q = q.index_select(0, group.query_index)
+        q = layer.q.index_select(0, group.query_index)
     else:
-        q = q[_query_range(group)]
+        q = layer.q[_query_range(group)]
     _, kv_heads, per_head, head_dim = q.shape
     # All query heads of a KV head are rows of one matrix: [size, Hkv, queries * group, d].
-    q = (
-        q.view(group.size, group.queries, kv_heads, per_head, head_dim)
-        .transpose(1, 2)
-        .flatten(2, 3)
-    )
+    q = q.reshape(size, queries, kv_heads, per_head, head_dim).transpose(1, 2).flatten(2, 3)
+    k = tokens_of(layer.k_cache, group).view(layer.kv_dtype)
+    v = k if layer.latent else tokens_of(layer.v_cache, group).view(layer.kv_dtype)
+    width, scale = layer.v_cache.shape[3], layer.scale / group.temperature
+    part = softmax(q, k, v, width, _bias(group, layer), scale, layer.softcap)
+
+    rows = (size, kv_heads, queries, per_head)
+    o = part.o.reshape(*rows, width).transpose(1, 2).flatten(0, 1)
+    lse = part.lse.reshape(rows).transpose(1, 2).flatten(0, 1)
+    return Partial(o.to(lse.dtype), _shifted(group, layer, lse))
+
+
+def _bias(group: Group, layer: Layer) -> Bias:
     mask = group.mask
+    per_head = layer.q.shape[2]
     if mask is not None:
-        if mask.shape[1] > 1:
+        if mask.shape[1] > 1 and per_head > 1:
             mask = mask.repeat_interleave(per_head, dim=1)
         mask = mask.unsqueeze(1)
-
-    if group.spans is None:
-        assert group.slots is not None
-        shape = (group.size, group.tokens)
-        k, v = _gather(k_cache, group.slots, shape), _gather(v_cache, group.slots, shape)
-        part = _softmax(q, k, v, mask, scale, softcap)
-    else:
-        parts = [
-            _softmax(
-                q[item : item + 1],
-                _consecutive(k_cache, *span),
-                _consecutive(v_cache, *span),
-                None,
-                scale,
-                softcap,
-            )
-            for item, span in enumerate(group.spans)
-        ]
-        part = parts[0]
-        if len(parts) > 1:
-            part = Partial(torch.cat([p.o for p in parts]), torch.cat([p.lse for p in parts]))
-
-    rows = (group.size, kv_heads, group.queries, per_head)
-    o = part.o.view(*rows, -1).transpose(1, 2).flatten(0, 1)
-    return Partial(o.to(part.lse.dtype), part.lse.reshape(rows).transpose(1, 2).flatten(0, 1))
+    if layer.slopes is None:
+        return Bias(mask, None, None)
+    # As seen from behind the item, for any query: what is left of the distance shifts the lse.
+    distance = torch.arange(-group.tokens, 0, device=layer.q.device, dtype=layer.slopes.dtype)
+    slope = layer.slopes.repeat(1, group.queries).unsqueeze(2)
+    return Bias(mask, slope, distance)
 
 
-def _consecutive(cache: torch.Tensor, first_slot: int, tokens: int) -> torch.Tensor:
-    """KV of consecutive slots, [1, Hkv, tokens, d]: a view where slots lie at one stride."""
-    _, block_size, heads, head_dim = cache.shape
-    by_block, by_slot, by_head, _ = cache.stride()
-    if by_block != block_size * by_slot:
-        slots = torch.arange(first_slot, first_slot + tokens, device=cache.device)
-        return _gather(cache, slots, (1, tokens))
-    return cache.as_strided(
-        (1, heads, tokens, head_dim),
-        (0, by_head, by_slot, 1),
-        cache.storage_offset() + first_slot * by_slot,
-    )
-
-
-def _gather(cache: torch.Tensor, slots: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """KV of slots, [size, Hkv, tokens, d], from a cache [num_blocks, block_size, Hkv, d].
-
-    index_select copies whole rows, several times as fast as indexing in two dimensions. So the
-    cache, whatever its strides, becomes rows at their greatest common stride: one per slot where
-    the heads of a slot lie together, else one per slot and head.
-    """
-    num_blocks, block_size, heads, head_dim = cache.shape
-    by_block, by_slot, by_head, _ = cache.stride()
-    together = by_head == head_dim
-    step = math.gcd(by_block, by_slot) if together else math.gcd(by_block, by_slot, by_head)
-    last = (num_blocks - 1) * by_block + (block_size - 1) * by_slot
-    if not together:
-        last += (heads - 1) * by_head
-    width = heads * head_dim if together else head_dim
-    rows = cache.as_strided((last // step + 1, width), (step, 1))
-    if by_block == block_size * by_slot and step == by_slot:
-        index = slots
-    else:
-        index = slots // block_size * (by_block // step) + slots % block_size * (by_slot // step)
-    size, tokens = shape
-    if together:
-        return rows.index_select(0, index).view(size, tokens, heads, head_dim).transpose(1, 2)
-    head = torch.arange(heads, device=cache.device) * (by_head // step)
-    index = index.view(size, 1, tokens) + head.view(1, heads, 1)
-    return rows.index_select(0, index.flatten()).view(size, heads, tokens, head_dim)
-
-
-def _softmax(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Partial:
-    """Attention of rows [size, Hkv, rows, d] over k and v [size, Hkv, tokens, d]."""
-    if q.device.type == "cpu" and softcap is None and k.shape[3] == v.shape[3]:
-        return Partial(
-            *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, attn_mask=mask, scale=scale
-            )
-        )
-    tokens = k.shape[2]
-    if tokens > KV_TILE:
-        # Only items read in place are this long, and they have no mask.
-        half = tokens // 2
-        return merge(
-            _softmax(q, k[:, :, :half], v[:, :, :half], None, scale, softcap),
-            _softmax(q, k[:, :, half:], v[:, :, half:], None, scale, softcap),
-        )
-    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = q.to(precision) * scale, k.to(precision), v.to(precision)
-    step = max(1, MAX_LOGITS // (k.shape[0] * k.shape[1] * tokens))
-    parts = []
-    for begin in range(0, q.shape[2], step):
-        logits = torch.matmul(q[:, :, begin : begin + step], k.transpose(2, 3))
-        if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
-        if mask is not None:
-            logits += mask if mask.shape[2] == 1 else mask[:, :, begin : begin + step]
-        lse = torch.logsumexp(logits, dim=3)
-        weights = logits.sub_(lse.unsqueeze(3)).exp_()
-        parts.append(Partial(torch.matmul(weights, v), lse))
-    return Partial(torch.cat([p.o for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+def _shifted(group: Group, layer: Layer, lse: torch.Tensor) -> torch.Tensor:
+    """lse [size * queries, Hkv, group] with what has been left out of all logits of an item."""
+    if group.log_weight is not None:
+        lse = lse + group.log_weight.repeat_interleave(group.queries)[:, None, None]
+    if layer.slopes is not None:
+        index = group.query_index
+        position = layer.position[_query_range(group) if index is None else index]
+        end = (group.first_position + group.tokens).repeat_interleave(group.queries)
+        lse = lse - layer.slopes * (position - end)[:, None, None]
+    return lse

@@ -1,8 +1,8 @@
 """Batches of work items as index tensors, ready to be run.
 
-The items of a group are padded to its largest. Padding repeats an item's last token and its last
-query, so that it reads only what the item reads anyway; a mask hides the tokens, and the rows are
-dropped.
+The items of a group are padded to its largest. Padding repeats an item's last token or block and
+its last query, so that it reads only what the item reads anyway; a mask hides the tokens, and the
+rows are dropped.
 """
 
 from typing import NamedTuple
@@ -11,10 +11,40 @@ import numpy as np
 import torch
 
 from attention.forest import Int64Array
-from attention.ranges import expand
-from attention.segments import Segments
-from attention.torch_backend.batches import Batches
+from attention.problem import Problem
+from attention.segments import FloatArray, Segments
+from attention.torch_backend.batches import Batches, Gathers, Views
 from attention.torch_backend.items import BoolArray, WorkItems
+from attention.torch_backend.places import blocks_of, slots_of
+
+
+class InPlace(NamedTuple):
+    """KV of equally spaced runs of consecutive blocks.
+
+    Attributes:
+        block, offset: where the first item's first token lies.
+        step: blocks from each item to the next.
+    """
+
+    block: int
+    offset: int
+    step: int
+
+
+class Gathered(NamedTuple):
+    """KV at slots, or in whole blocks.
+
+    Attributes:
+        ids: int64, slots [size * tokens], or ids of blocks that the tokens fill; those of one item
+            where all items read the same.
+        unit: tokens at each: 1 or the block size.
+        blank: int64, tokens [size * tokens] that lie behind the end of their item in its last
+            blocks, where anything may be written; None where there is none.
+    """
+
+    ids: torch.Tensor
+    unit: int
+    blank: torch.Tensor | None
 
 
 class Group(NamedTuple):
@@ -22,199 +52,195 @@ class Group(NamedTuple):
 
     Attributes:
         size, queries, tokens: the padded shape.
-        spans: first slot and number of tokens of each item, if they are read where they lie.
-        slots: int64 [size * tokens], slot of each token otherwise.
+        kv: where the tokens lie.
         mask: [size, 1 or queries, tokens], 0 where seen and -inf where not; None where all is seen.
-        first_query: first query in depth-first order, if the group's are consecutive and unpadded.
-        query_index: int64 [size * queries], depth-first query of each row otherwise.
-        rows, targets: int64, the rows that are kept and the depth-first queries they belong to;
-            None where all rows are kept.
+        first_query: first query, if the group's are consecutive and unpadded.
+        query_index: int64 [size * queries], the queries otherwise.
+        rows, targets: int64, the group's rows that are kept and their queries; None where all are
+            kept.
+        first_position: int64 [size], position of each item's first token.
+        temperature: what logits are divided by.
+        log_weight: [size], added to the logits of each item; None for 0.
     """
 
     size: int
     queries: int
     tokens: int
-    spans: list[tuple[int, int]] | None
-    slots: torch.Tensor | None
+    kv: InPlace | Gathered
     mask: torch.Tensor | None
     first_query: int | None
     query_index: torch.Tensor | None
     rows: torch.Tensor | None
     targets: torch.Tensor | None
+    first_position: torch.Tensor
+    temperature: float
+    log_weight: torch.Tensor | None
 
 
 def make_groups(
-    segments: Segments,
-    batches: Batches,
-    *,
-    window: int | None,
-    mask_dtype: torch.dtype,
-    device: torch.device,
+    problem: Problem, segments: Segments, query: Int64Array, views: Views, gathers: Gathers
 ) -> list[Group]:
-    """Make the index tensors of all batches on the device.
+    """Make the index tensors of all batches on the problem's device.
 
     Args:
-        mask_dtype: float32 or float64, the precision of the logits.
+        query: int64 [R], the number by which a row's query goes in the groups; ascending in the
+            rows of a segment.
     """
+    return [
+        *_groups(problem, segments, query, views.batches, _in_place(views)),
+        *_groups(problem, segments, query, gathers.batches, _gathered(problem, segments, gathers)),
+    ]
+
+
+def _in_place(views: Views) -> list[InPlace]:
+    columns = (views.block, views.offset, views.step)
+    return [InPlace(*where) for where in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+def _gathered(problem: Problem, segments: Segments, gathers: Gathers) -> list[Gathered]:
+    batches, whole_blocks = gathers
+    of_item = np.repeat(whole_blocks, batches.size)
+    padded = np.repeat(batches.tokens, batches.size)
+    slots = slots_of(segments, batches.items.take(np.flatnonzero(~of_item)), padded[~of_item])
+    blocks = blocks_of(
+        segments,
+        batches.items.take(np.flatnonzero(of_item)),
+        padded[of_item] // segments.block_size,
+    )
+    index = {
+        False: torch.from_numpy(slots).to(problem.device),
+        True: torch.from_numpy(blocks).to(problem.device),
+    }
+    gathered = []
+    done = {False: 0, True: 0}
+    for whole, begin, size, tokens in zip(
+        whole_blocks.tolist(),
+        batches.begin.tolist(),
+        batches.size.tolist(),
+        batches.tokens.tolist(),
+        strict=True,
+    ):
+        unit = segments.block_size if whole else 1
+        count = size * tokens // unit
+        of = slice(done[whole], done[whole] + count)
+        done[whole] += count
+        blank = None
+        if whole:
+            kv_len = batches.items.kv_len[begin : begin + size]
+            behind = np.flatnonzero(np.arange(tokens) >= kv_len[:, None])
+            if len(behind):
+                blank = torch.from_numpy(behind).to(problem.device)
+        gathered.append(Gathered(index[whole][of], unit, blank))
+    return gathered
+
+
+def _groups(
+    problem: Problem,
+    segments: Segments,
+    query: Int64Array,
+    batches: Batches,
+    kv: list[InPlace] | list[Gathered],
+) -> list[Group]:
+    if not kv:
+        return []
     items = batches.items
-    kv = _gathered(segments, batches, mask_dtype, device)
-    rows = _rows(batches, device)
-    spans = _spans(segments, batches)
-    first_query = items.row_begin[batches.begin].tolist()
+    first_query = query[items.row_begin]
+    consecutive = _consecutive(batches, first_query, query[items.row_end - 1] + 1)
+    first_position = segments.start[items.segment] + items.kv_begin
+    positions = torch.from_numpy(first_position).to(problem.device)
+    first_query = first_query[batches.begin].tolist()
     masked = items.masked[batches.begin].tolist()
+    ragged = (np.minimum.reduceat(items.kv_len, batches.begin) < batches.tokens).tolist()
 
     groups = []
     for index, (begin, size, queries, tokens) in enumerate(
-        zip(*(column.tolist() for column in batches[2:]), strict=True)
+        zip(*(column.tolist() for column in batches[1:]), strict=True)
     ):
-        of_kv = slice(kv.end[index] - size * tokens, kv.end[index])
-        of_rows = slice(rows.end[index] - size * queries, rows.end[index])
+        of_items = slice(begin, begin + size)
         group = Group(
             size=size,
             queries=queries,
             tokens=tokens,
-            spans=spans[index],
-            slots=kv.slots[of_kv] if spans[index] is None else None,
-            mask=kv.mask[of_kv].view(size, 1, tokens) if kv.ragged[index] else None,
-            first_query=first_query[index] if rows.consecutive[index] else None,
-            query_index=None if rows.consecutive[index] else rows.query_index[of_rows],
+            kv=kv[index],
+            mask=None,
+            first_query=first_query[index] if consecutive[index] else None,
+            query_index=None,
             rows=None,
             targets=None,
+            first_position=positions[of_items],
+            temperature=_shared(segments.temperature, items, begin, 1.0),
+            log_weight=_each(problem, segments.log_weight, items, of_items),
         )
-        if masked[index] or rows.ragged[index]:
-            query = rows.query[of_rows]
-            kept = rows.kept[of_rows]
-            if masked[index]:
-                of = items.take(slice(begin, begin + size))
-                seen = _seen(segments, of, query.reshape(size, queries), tokens, window)
-                group = group._replace(mask=_additive(seen, mask_dtype, device))
-                kept = kept & seen.any(axis=2).ravel()
-            if not kept.all():
-                group = group._replace(
-                    rows=torch.from_numpy(np.flatnonzero(kept)).to(device),
-                    targets=torch.from_numpy(query[kept]).to(device),
-                )
+        if ragged[index] and not masked[index]:
+            seen = np.arange(tokens) < items.kv_len[of_items, None]
+            group = group._replace(mask=additive(problem, seen[:, None]))
+        if not consecutive[index] or masked[index]:
+            group = _with_rows(problem, segments, query, items.take(of_items), group)
         groups.append(group)
     return groups
 
 
-class _Gathered(NamedTuple):
-    """Slots and padding mask of all gathered items, and for each batch where its own end."""
+def _with_rows(
+    problem: Problem, segments: Segments, query: Int64Array, items: WorkItems, group: Group
+) -> Group:
+    """The group with the indices of its padded queries and, where it needs one, its mask."""
+    row = items.row_begin[:, None] + np.arange(group.queries)
+    kept = row < items.row_end[:, None]
+    row = np.minimum(row, items.row_end[:, None] - 1)
+    query = query[row]
+    if items.masked[0]:
+        seen = _seen(problem, segments, items, row, group.tokens)
+        group = group._replace(mask=additive(problem, seen))
+        kept &= seen.any(axis=2)
+    if group.first_query is None:
+        group = group._replace(query_index=torch.from_numpy(query.ravel()).to(problem.device))
+    if not kept.all():
+        group = group._replace(
+            rows=torch.from_numpy(np.flatnonzero(kept)).to(problem.device),
+            targets=torch.from_numpy(query[kept]).to(problem.device),
+        )
+    return group
 
-    slots: torch.Tensor
-    mask: torch.Tensor
-    end: list[int]
-    ragged: list[bool]
 
+def _consecutive(batches: Batches, first: Int64Array, last: Int64Array) -> list[bool]:
+    """For each batch, whether its queries are consecutive and none of them padding.
 
-def _gathered(
-    segments: Segments, batches: Batches, mask_dtype: torch.dtype, device: torch.device
-) -> _Gathered:
-    in_place = batches.in_place[batches.begin]
-    shortest = np.minimum.reduceat(batches.items.kv_len, batches.begin)
-    slots, is_padding = _slots(segments, batches)
-    return _Gathered(
-        slots=torch.from_numpy(slots).to(device),
-        mask=_additive(~is_padding, mask_dtype, device),
-        end=np.cumsum(np.where(in_place, 0, batches.size * batches.tokens)).tolist(),
-        ragged=(~in_place & (shortest < batches.tokens)).tolist(),
-    )
-
-
-class _Rows(NamedTuple):
-    """Query of each row of all batches, and for each batch where its own end.
-
-    `query_index` is `query` on the device, `kept` False for padding.
+    first, last: int64 [I], first query of each item and the one behind its last.
     """
-
-    query: Int64Array
-    query_index: torch.Tensor
-    kept: BoolArray
-    end: list[int]
-    ragged: list[bool]
-    consecutive: list[bool]
-
-
-def _rows(batches: Batches, device: torch.device) -> _Rows:
-    items, begin = batches.items, batches.begin
-    padded = np.repeat(batches.queries, batches.size)
-    item, ordinal = expand(padded)
-    kept = ordinal < items.num_rows[item]
-    query = np.minimum(items.row_begin[item] + ordinal, items.row_end[item] - 1)
-    unpadded = items.num_rows == padded
-    follows = np.append(True, items.row_begin[1:] == items.row_end[:-1])
-    follows[begin] = True
-    return _Rows(
-        query=query,
-        query_index=torch.from_numpy(query).to(device),
-        kept=kept,
-        end=np.cumsum(batches.size * batches.queries).tolist(),
-        ragged=(~np.logical_and.reduceat(unpadded, begin)).tolist(),
-        consecutive=np.logical_and.reduceat(follows & unpadded, begin).tolist(),
-    )
-
-
-def _slots(segments: Segments, batches: Batches) -> tuple[Int64Array, BoolArray]:
-    """Slots of the gathered items' tokens, padded within their batch; and which are padding."""
-    block_size = segments.block_size
-    gathered = np.flatnonzero(~batches.in_place)
-    items = batches.items.take(gathered)
-    padding = np.repeat(batches.tokens, batches.size)[gathered] - items.kv_len
-    begin = segments.offset[items.segment] + items.kv_begin
-    end = begin + items.kv_len
-    first_block, last_block = begin // block_size, (end - 1) // block_size
-
-    # One run of slots per block of an item.
-    item, ordinal = expand(last_block - first_block + 1)
-    block = first_block[item] + ordinal
-    run_begin = np.maximum(block * block_size, begin[item])
-    run_end = np.minimum((block + 1) * block_size, end[item])
-    block_id = segments.blocks[segments.first_block[items.segment][item] + block].astype(np.int64)
-    first_slot = block_id * block_size + run_begin % block_size
-    run_len = run_end - run_begin
-    # An item's last run goes on into its padding, which then takes the last token's slot instead.
-    run_len[block == last_block[item]] += padding
-    slots = np.arange(run_len.sum())
-    slots += np.repeat(first_slot - (np.cumsum(run_len) - run_len), run_len)
-    last_token = np.cumsum(items.kv_len + padding) - padding - 1
-    of, ordinal = expand(padding)
-    padded = last_token[of] + 1 + ordinal
-    slots[padded] = slots[last_token[of]]
-    is_padding = np.zeros(len(slots), np.bool_)
-    is_padding[padded] = True
-    return slots, is_padding
-
-
-def _spans(segments: Segments, batches: Batches) -> list[list[tuple[int, int]] | None]:
-    """First slot and number of tokens of the items of each batch that is read in place."""
-    spans: list[list[tuple[int, int]] | None] = [None] * len(batches.begin)
-    for batch in np.flatnonzero(batches.in_place[batches.begin]).tolist():
-        begin = batches.begin[batch]
-        items = batches.items.take(slice(begin, begin + batches.size[batch]))
-        token = segments.offset[items.segment] + items.kv_begin
-        block = segments.blocks[segments.first_block[items.segment] + token // segments.block_size]
-        slot = block.astype(np.int64) * segments.block_size + token % segments.block_size
-        spans[batch] = list(zip(slot.tolist(), items.kv_len.tolist(), strict=True))
-    return spans
+    follows = np.append(True, first[1:] == last[:-1])
+    follows[batches.begin] = True
+    follows &= last - first == np.repeat(batches.queries, batches.size)
+    consecutive: list[bool] = np.logical_and.reduceat(follows, batches.begin).tolist()
+    return consecutive
 
 
 def _seen(
-    segments: Segments,
-    items: WorkItems,
-    query: Int64Array,
-    tokens: int,
-    window: int | None,
+    problem: Problem, segments: Segments, items: WorkItems, row: Int64Array, tokens: int
 ) -> BoolArray:
-    """Which tokens of their item the queries [size, queries] see, [size, queries, tokens]."""
+    """Which tokens of their item the rows `row` [size, queries] see, [size, queries, tokens]."""
     token = np.arange(tokens)
-    behind = segments.position[query] - (segments.start[items.segment] + items.kv_begin)[:, None]
+    first = segments.start[items.segment] + items.kv_begin
+    behind = segments.position[row] - first[:, None]
     seen: BoolArray = token < np.minimum(behind + 1, items.kv_len[:, None])[:, :, None]
-    if window is not None:
-        seen &= token > (behind - window)[:, :, None]
+    if problem.window is not None:
+        in_window = token > (behind - problem.window)[:, :, None]
+        seen &= in_window | (token < problem.sink_tokens - first[:, None])[:, None]
     return seen
 
 
-def _additive(seen: BoolArray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _shared(values: FloatArray | None, items: WorkItems, item: int, default: float) -> float:
+    return default if values is None else float(values[items.segment[item]])
+
+
+def _each(
+    problem: Problem, values: FloatArray | None, items: WorkItems, of: slice
+) -> torch.Tensor | None:
+    if values is None:
+        return None
+    return torch.from_numpy(values[items.segment[of]]).to(problem.device, problem.precision)
+
+
+def additive(problem: Problem, seen: BoolArray) -> torch.Tensor:
     """A mask to add to logits: 0 where seen, -inf elsewhere."""
-    mask = torch.zeros(seen.shape, dtype=dtype)
-    return mask.masked_fill_(torch.from_numpy(~seen), -torch.inf).to(device)
+    mask = torch.zeros(seen.shape, dtype=problem.precision)
+    return mask.masked_fill_(torch.from_numpy(~seen), -torch.inf).to(problem.device)

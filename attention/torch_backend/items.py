@@ -63,10 +63,11 @@ class WorkItems(NamedTuple):
         )
 
 
-def work_items(segments: Segments, window: int | None) -> WorkItems:
+def work_items(segments: Segments, window: int | None, sink_tokens: int) -> WorkItems:
     """The work items that cover, once each, all that every query sees.
 
-    A piece that no query sees (outside every window) makes no item. O(items + their queries).
+    A piece that no query sees (outside every window, or ahead of all queries) makes no item.
+    O(items + their queries).
     """
     begin, end = segments.row_begin, segments.row_end
     whole = WorkItems(
@@ -78,44 +79,55 @@ def work_items(segments: Segments, window: int | None) -> WorkItems:
         masked=np.zeros(len(begin), np.bool_),
         round=segments.round * _PARTS,
     )
-    # A query on its sequence's last token sees all before it.
-    if window is None and len(segments.position) == len(segments.run_end):
+    # A query on its sequence's last token sees all before it. In sets, where a query may stand
+    # anywhere, no two segments have a row in common.
+    num_rows = len(segments.position)
+    on_paths = int((end - begin).sum()) > num_rows
+    if window is None and on_paths and num_rows == len(segments.run_end):
         return whole
     low, high = extremes(segments.position, begin, end)
-    seen_whole = segments.start + segments.length <= low + 1
+    stop = segments.start + segments.length
+    seen_whole = stop <= low + 1
     if window is not None:
-        seen_whole &= high - window < segments.start
+        seen_whole &= (high - window < segments.start) | (stop <= sink_tokens)
     if seen_whole.all():
         return whole
-    pieces = _pieces(segments, np.flatnonzero(~seen_whole), window)
+    pieces = _pieces(segments, np.flatnonzero(~seen_whole), window, sink_tokens)
     whole = whole.take(np.flatnonzero(seen_whole))
     return WorkItems(*(np.concatenate(columns) for columns in zip(whole, pieces, strict=True)))
 
 
-# The parts of a node for one tile: all in one item, or before, in and behind what all queries see.
-_PARTS = 4
-_SEEN_BY_ALL = 2
+# The parts of a node for one tile: all in one item, or the sinks that no window reaches; before, in
+# and behind what all queries see.
+_PARTS = 5
+_SINKS = 1
+_SEEN_BY_ALL = 3
 
 
-def _pieces(segments: Segments, of: Int64Array, window: int | None) -> WorkItems:
+def _pieces(segments: Segments, of: Int64Array, window: int | None, sink_tokens: int) -> WorkItems:
     """Work items of the segments `of`, that some of their rows do not see whole."""
     segment, row_begin, row_end = _tiles(segments, of)
     low, high = extremes(segments.position, row_begin, row_end)
     start = segments.start[segment]
     stop = start + segments.length[segment]
-    # Some query of the tile sees [first, last), all of them see [inner, outer).
-    first = inner = start
+    # Some query of the tile sees [first, last), all of them see [inner, outer) and the sinks.
+    first = inner = sinks = start
     outer, last = np.minimum(low + 1, stop), np.minimum(high + 1, stop)
     if window is not None:
         first, inner = np.maximum(low + 1 - window, start), np.maximum(high + 1 - window, start)
+        sinks = np.minimum(np.minimum(first, stop), sink_tokens)
     seen_whole = (first == inner) & (outer == last)
     small = (row_end - row_begin) * (last - first) <= SMALL_MASK
     in_one = seen_whole | small | (inner >= outer)
     split = ~in_one
     # The first query's own token is left to the masked piece: pieces then end where tiles do.
     outer = np.minimum(low, stop)
-    begin, end = np.stack((first, first, inner, outer)), np.stack((last, inner, outer, last))
-    part, tile = np.nonzero(np.stack((in_one, split, split, split)) & (begin < end))
+    begin, end = (
+        np.stack((first, start, first, inner, outer)),
+        np.stack((last, sinks, inner, outer, last)),
+    )
+    chosen = np.stack((in_one, np.ones_like(split), split, split, split))
+    part, tile = np.nonzero(chosen & (begin < end))
     kv_begin, kv_end = begin[part, tile], end[part, tile]
     segment = segment[tile]
     return WorkItems(
@@ -124,7 +136,7 @@ def _pieces(segments: Segments, of: Int64Array, window: int | None) -> WorkItems
         kv_len=kv_end - kv_begin,
         row_begin=row_begin[tile],
         row_end=row_end[tile],
-        masked=~seen_whole[tile] & (part != _SEEN_BY_ALL),
+        masked=~seen_whole[tile] & (part != _SINKS) & (part != _SEEN_BY_ALL),
         round=segments.round[segment] * _PARTS + part,
     )
 

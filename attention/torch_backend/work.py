@@ -1,5 +1,9 @@
 """A plan for the torch operations, made once a step and run once a layer."""
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from attention.algebra import Partial
@@ -8,9 +12,11 @@ from attention.options import RunOptions
 from attention.problem import Problem
 from attention.segments import Segments
 from attention.torch_backend.batches import make_batches
-from attention.torch_backend.execute import execute
+from attention.torch_backend.execute import execute, layer_of
 from attention.torch_backend.groups import make_groups
+from attention.torch_backend.invariant import add_up, invariant_groups
 from attention.torch_backend.items import work_items
+from attention.torch_backend.tail import Tail
 
 
 class TorchWork:
@@ -18,37 +24,89 @@ class TorchWork:
 
     name = "torch"
 
-    def __init__(self, problem: Problem, segments: Segments) -> None:
+    def __init__(self, problem: Problem, segments: Segments, reserve: int = 0) -> None:
+        """Plan the work on segments, which `advance` may grow `reserve` times.
+
+        Raises PlanMismatch where reserve is not 0 and a sequence has not one query in one place.
+        """
         self.problem = problem
-        self.items = work_items(segments, problem.window)
-        batches = make_batches(
-            segments,
-            self.items,
-            token_bytes=problem.token_bytes,
-            pair_flops=problem.pair_flops,
-            viewable=problem.layout == "NHD",
-        )
-        self._tokens_loaded = int(batches.items.kv_len.sum())
-        self.groups = make_groups(
-            segments,
-            batches,
-            window=problem.window,
-            mask_dtype=problem.precision,
-            device=problem.device,
-        )
-        in_order = bool((segments.query[1:] > segments.query[:-1]).all())
-        self.query_index = None if in_order else torch.from_numpy(segments.query).to(problem.device)
+        self._segments = segments
+        self._tail = Tail(problem, segments, reserve)
+        self._plan(segments)
+
+    def _plan(self, segments: Segments) -> None:
+        problem = self.problem
+        self.items = work_items(segments, problem.window, problem.sink_tokens)
+        num_rows = len(segments.query)
+        # Where each query has one row, q is brought into the order of the rows once.
+        self._query_index: torch.Tensor | None = None
+        query, position = segments.query, segments.position
+        if num_rows == segments.num_queries:
+            if not (query[1:] > query[:-1]).all():
+                self._query_index = torch.from_numpy(query).to(problem.device)
+            query = np.arange(num_rows)
+        else:
+            position = np.empty(segments.num_queries, np.int64)
+            position[query] = segments.position
+        self._position = torch.from_numpy(position).to(problem.device)
+        if problem.batch_invariant:
+            self.groups = invariant_groups(problem, segments, query)
+            return
+        views, gathers = make_batches(problem, segments, self.items, _kinds(segments))
+        self.groups = make_groups(problem, segments, query, views, gathers)
+
+    def advance(self, slots: npt.NDArray[Any] | torch.Tensor) -> None:
+        """Let every sequence grow by one token, and its query move on to it.
+
+        Args:
+            slots: integers [S], slot of each sequence's new token, sequences in the packed order.
+
+        Raises:
+            PlanMismatch: slots are no S integers of at least 0.
+            PlanExhausted: the work has been advanced `reserve` times. It is left as it was.
+
+        O(S), but with a window O(plan): what it leaves behind is no longer read.
+        """
+        self._tail.advance(slots)
+        if self.problem.window is None:
+            self._position = self._position + 1
+        else:
+            self._plan(self._segments._replace(position=self._tail.position))
 
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial:
         """Attention of all queries in the packed order: o in q's dtype, and lse."""
-        return execute(self.problem, self.groups, self.query_index, q, k_cache, v_cache, options)
+        index = self._query_index
+        if index is not None:
+            q = q.index_select(0, index)
+        layer = layer_of(self.problem, q, self._position, k_cache, v_cache, options)
+        if self.problem.batch_invariant:
+            total = add_up(self.problem, self.groups, layer)
+        else:
+            total = execute(self.problem, [*self.groups, *self._tail.groups], layer)
+        o = total.o
+        if options.v_scale is not None:
+            o = o * options.v_scale.view(-1, 1, 1)
+        o, lse = o.flatten(1, 2).to(q.dtype), total.lse.flatten(1, 2)
+        if index is None:
+            return Partial(o, lse)
+        return Partial(
+            torch.empty_like(o).index_copy_(0, index, o),
+            torch.empty_like(lse).index_copy_(0, index, lse),
+        )
 
     def summary(self) -> WorkSummary:
         """The batched calls; padding is no token, and nothing waits for a later merge."""
         return WorkSummary(
             units=(("work items", len(self.items.kv_len)), ("batched calls", len(self.groups))),
-            kv_tokens_loaded=self._tokens_loaded,
+            kv_tokens_loaded=int(self.items.kv_len.sum()),
             partials=0,
         )
+
+
+def _kinds(segments: Segments) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Segments of another temperature share no call."""
+    if segments.temperature is None:
+        return np.zeros(len(segments.start), np.int64)
+    return np.unique(segments.temperature, return_inverse=True)[1]

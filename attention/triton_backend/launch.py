@@ -1,5 +1,6 @@
 """Runs a schedule on the tensors of one layer: the segment kernel once a tile, then the merge."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,13 @@ from attention.options import RunOptions
 from attention.problem import Problem
 from attention.triton_backend.merge import merge
 from attention.triton_backend.segment import segment
-from attention.triton_backend.tiles import Tiles, power_of_two_from, split_dim, tiles_for
+from attention.triton_backend.tiles import (
+    arch_of,
+    converts_float8,
+    power_of_two_from,
+    split_dim,
+    tiles_for,
+)
 from attention.triton_backend.units import Schedule, Units
 
 _PARTS = 4  # partials that a step of a merge loads
@@ -28,64 +35,79 @@ def launch(
     Nothing is copied to or waited for by the host, and grids depend on capacities alone: can be
     captured in a CUDA graph.
     """
-    tiles = tiles_for(problem)
     heads, value_dim = problem.num_q_heads, problem.value_head_dim
-    f32 = {"dtype": torch.float32, "device": q.device}
-    result = Partial(q.new_empty(len(q), heads, value_dim), torch.empty(len(q), heads, **f32))
+    result = Partial(q.new_empty(len(q), heads, value_dim), _empty(q, len(q), heads))
     parts = Partial(
-        torch.empty(schedule.num_partials, heads, value_dim, **f32),
-        torch.empty(schedule.num_partials, heads, **f32),
+        _empty(q, schedule.num_partials, heads, value_dim), _empty(q, schedule.num_partials, heads)
     )
-    with torch.cuda.device_of(q):
-        for units in schedule.units:
-            if grid := segment_grid(problem, tiles, units):
-                segment[grid](
-                    **segment_arguments(
-                        problem, tiles, schedule, units, q, k_cache, v_cache, options, result, parts
-                    )
-                )
-        if grid := merge_grid(problem, schedule):
-            merge[grid](**merge_arguments(problem, schedule, result, parts))
+    launch_into(result, parts, problem, schedule, q, k_cache, v_cache, options)
     return result
 
 
-def segment_grid(problem: Problem, tiles: Tiles, units: Units) -> tuple[int] | None:
-    """Programs of the segment kernel, None for none."""
-    programs = len(units.row_begin) * problem.num_kv_heads * -(-problem.group // tiles.heads)
-    return (programs,) if programs else None
+def launch_into(
+    result: Partial,
+    parts: Partial,
+    problem: Problem,
+    schedule: Schedule,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    options: RunOptions,
+) -> None:
+    """As `launch`, into contiguous tensors of the caller.
+
+    Args:
+        result: o [num_queries, num_q_heads, value_head_dim] in q's dtype, lse float32.
+        parts: o [num_partials, num_q_heads, value_head_dim] and lse, both float32.
+    """
+    arch = arch_of(problem.device)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        for units in schedule.units:
+            if programs := segment_programs(problem, units, arch):
+                tensors = (q, k_cache, v_cache, result, parts)
+                segment[programs,](
+                    **segment_arguments(problem, schedule, units, *tensors, options, arch)
+                )
+        if programs := merge_programs(problem, schedule):
+            merge[programs,](**merge_arguments(problem, schedule, result, parts))
+
+
+def segment_programs(problem: Problem, units: Units, arch: str) -> int:
+    """Programs of the segment kernel: of each unit, KV head, and part of its query heads."""
+    splits = -(-problem.group // tiles_for(problem, arch).heads)
+    return len(units.row_begin) * problem.num_kv_heads * splits
 
 
 def segment_arguments(
     problem: Problem,
-    tiles: Tiles,
     schedule: Schedule,
     units: Units,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    options: RunOptions,
     result: Partial,
     parts: Partial,
+    options: RunOptions,
+    arch: str,
 ) -> dict[str, Any]:
     """What the segment kernel is called with."""
+    tiles = tiles_for(problem, arch)
     tile = tiles.of(problem, units.rows_per_tile)
     d1, d2 = split_dim(problem.head_dim)
     v1, v2 = split_dim(problem.value_head_dim)
-    k_block, k_head, k_slot = k_cache.stride()[:3]
-    v_block, v_head, v_slot = v_cache.stride()[:3]
-    if problem.layout == "NHD":
-        k_head, k_slot = k_slot, k_head
-        v_head, v_slot = v_slot, v_head
+    k_strides = _strides(problem, k_cache)
+    v_strides = _strides(problem, v_cache)
+    alike = v_strides == k_strides
     rows, entries = schedule.rows, schedule.entries
     in_keys = (
-        v_cache.data_ptr() == k_cache.data_ptr()
-        and (v_block, v_head, v_slot) == (k_block, k_head, k_slot)
+        alike
+        and v_cache.data_ptr() == k_cache.data_ptr()
         and problem.value_head_dim in (d1, problem.head_dim)
     )
     return {
         "q": q,
-        "k_cache": _stored(k_cache),
-        "v_cache": None if in_keys else _stored(v_cache),
+        "k_cache": _stored(k_cache, arch),
+        "v_cache": None if in_keys else _stored(v_cache, arch),
         "out": result.o,
         "lse": result.lse,
         "part_o": parts.o,
@@ -117,12 +139,8 @@ def segment_arguments(
         "sink_tokens": problem.sink_tokens,
         "q_stride_query": q.stride(0),
         "q_stride_head": q.stride(1),
-        "k_stride_block": k_block,
-        "k_stride_slot": k_slot,
-        "k_stride_head": k_head,
-        "v_stride_block": v_block,
-        "v_stride_slot": v_slot,
-        "v_stride_head": v_head,
+        **{f"k_stride_{of}": stride for of, stride in k_strides.items()},
+        **{f"v_stride_{of}": None if alike else stride for of, stride in v_strides.items()},
         "k_scale_stride": _stride(options.k_scale),
         "v_scale_stride": _stride(options.v_scale),
         "NUM_KV_HEADS": problem.num_kv_heads,
@@ -142,11 +160,10 @@ def segment_arguments(
     }
 
 
-def merge_grid(problem: Problem, schedule: Schedule) -> tuple[int, int] | None:
-    """Programs of the merge kernel, None for none."""
-    results = len(schedule.merges.query)
+def merge_programs(problem: Problem, schedule: Schedule) -> int:
+    """Programs of the merge kernel: of each result and a few heads."""
     heads, _ = _merge_shape(problem)
-    return (results, -(-problem.num_q_heads // heads)) if results else None
+    return len(schedule.merges.query) * -(-problem.num_q_heads // heads)
 
 
 def merge_arguments(
@@ -179,17 +196,21 @@ def _merge_shape(problem: Problem) -> tuple[int, int]:
     return max(1, min(power_of_two_from(problem.num_q_heads), 512 // columns)), columns
 
 
+def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _strides(problem: Problem, cache: torch.Tensor) -> dict[str, int]:
+    of = ("block", "slot", "head") if problem.layout == "NHD" else ("block", "head", "slot")
+    return dict(zip(of, cache.stride()[:3], strict=True))
+
+
 def _stride(per_head: torch.Tensor | None) -> int:
     return 0 if per_head is None or per_head.numel() == 1 else per_head.stride(0)
 
 
-def _stored(cache: torch.Tensor) -> torch.Tensor:
-    """The cache as the kernel takes it: float8_e4m3fn as bytes where the GPU cannot convert it."""
-    if (
-        cache.dtype == torch.float8_e4m3fn
-        and cache.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(cache.device) < (8, 9)
-    ):
+def _stored(cache: torch.Tensor, arch: str) -> torch.Tensor:
+    """The cache as the kernel takes it: float8_e4m3fn as bytes where it cannot be converted."""
+    if cache.dtype == torch.float8_e4m3fn and not converts_float8(arch):
         return cache.view(torch.uint8)
     return cache

@@ -22,11 +22,12 @@ def merge(
     HEADS: tl.constexpr,  # of a program
     PARTS: tl.constexpr,  # partials a step
 ):
-    """Grid: (capacity, ceil(NUM_Q_HEADS / HEADS))."""
-    index = tl.program_id(0)
+    """Grid: capacity * ceil(NUM_Q_HEADS / HEADS)."""
+    SPLITS: tl.constexpr = (NUM_Q_HEADS + HEADS - 1) // HEADS
+    index = tl.program_id(0) // SPLITS
     if index >= tl.load(merge_size):
         return
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = tl.program_id(0) % SPLITS * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, COLUMNS)
     begin = tl.load(merge_begin + index)
     end = tl.load(merge_end + index)

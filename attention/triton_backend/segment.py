@@ -12,7 +12,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "sink_tokens"])
 def segment(
     q,
     k_cache,
@@ -51,7 +51,7 @@ def segment(
     k_stride_block,
     k_stride_slot,
     k_stride_head,
-    v_stride_block,
+    v_stride_block,  # the three are None: those of the keys
     v_stride_slot,
     v_stride_head,
     k_scale_stride,
@@ -100,7 +100,9 @@ def segment(
     k_head = k_cache + kv_head.to(tl.int64) * k_stride_head
     v_head = None
     if v_cache is not None:
-        v_head = v_cache + kv_head.to(tl.int64) * v_stride_head
+        v_head = v_cache + kv_head.to(tl.int64) * (
+            k_stride_head if v_stride_head is None else v_stride_head
+        )
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -158,6 +160,7 @@ def segment(
     row_lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
     if v_scale is not None:
         weight = weight * tl.load(v_scale + kv_head * v_scale_stride)
+    query = tl.load(row_query + row, mask=real, other=0, cache_modifier=".ca").to(tl.int64)
     partial = tl.load(row_partial + row, mask=real, other=0)
     direct = partial < 0
     ordinal = tl.load(unit_ordinal + unit)
@@ -219,15 +222,16 @@ def _walk(
 ):
     """Online softmax over the lanes of the entries, with visibility only where it is MASKED."""
     dtype: tl.constexpr = q1.dtype
-    for first in tl.range(
-        0, (entry_end - entry_begin) << log2_width, BLOCK_N, num_stages=NUM_STAGES
-    ):
-        entry, token, real, slot = lanes(
-            first, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
-        )
-        block = (slot // BLOCK_SIZE).to(tl.int64)
-        offset = (slot % BLOCK_SIZE).to(tl.int64)
-        k_row = k_head + block * k_stride_block + offset * k_stride_slot
+    count = (entry_end - entry_begin) << log2_width
+    entry, token, slot, length = lanes(
+        0, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
+    )
+    for first in tl.range(0, count, BLOCK_N, num_stages=NUM_STAGES):
+        real = token < length
+        # Unsigned, a power of two is a shift.
+        block = (slot.to(tl.uint32) // BLOCK_SIZE).to(tl.int32)
+        k_offset = _offset(block, slot - block * BLOCK_SIZE, k_stride_block, k_stride_slot)
+        k_row = k_head + k_offset
         k1 = widened(_columns(k_row, real, 0, D1, HEAD_DIM), dtype)
         logits = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         k2 = None
@@ -276,12 +280,20 @@ def _walk(
             if V2 > 0:
                 acc2 = tl.dot(weights, k2, acc2 * decay[:, None], input_precision="ieee")
         else:
-            v_row = v_head + block * v_stride_block + offset * v_stride_slot
+            v_row = v_head + k_offset
+            if v_stride_block is not None:
+                v_row = v_head + _offset(
+                    block, slot - block * BLOCK_SIZE, v_stride_block, v_stride_slot
+                )
             v1 = widened(_columns(v_row, real, 0, V1, VALUE_DIM), dtype)
             acc1 = tl.dot(weights, v1, acc1, input_precision="ieee")
             if V2 > 0:
                 v2 = widened(_columns(v_row, real, V1, V2, VALUE_DIM), dtype)
                 acc2 = tl.dot(weights, v2, acc2 * decay[:, None], input_precision="ieee")
+        # One step ahead, so that loads of K and V wait for no other load and are pipelined.
+        entry, token, slot, length = lanes(
+            first + BLOCK_N, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
+        )
     return largest, total, acc1, acc2
 
 
@@ -295,13 +307,21 @@ def lanes(
     entry_length,
     BLOCK_N: tl.constexpr,
 ):
-    """Entry, token in it, whether there is one, and slot of BLOCK_N lanes of a unit."""
+    """Of BLOCK_N lanes of a unit: entry, token in it, its slot, and the length of the entry.
+
+    A lane is a token if `token < length`.
+    """
     lane = first + tl.arange(0, BLOCK_N)
     entry = entry_begin + (lane >> log2_width)
     token = lane & ((1 << log2_width) - 1)
     length = tl.load(entry_length + entry, mask=entry < entry_end, other=0)
     slot = tl.load(entry_slot + entry, mask=entry < entry_end, other=0) + token
-    return entry, token, token < length, slot
+    return entry, token, slot, length
+
+
+@triton.jit
+def _offset(block, place, stride_block, stride_slot):
+    return block.to(tl.int64) * stride_block + place.to(tl.int64) * stride_slot
 
 
 @triton.jit

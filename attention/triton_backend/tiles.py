@@ -7,6 +7,7 @@ share: every row more saves one more load of the KV. Batch-invariant plans know 
 the shape decides the order of additions.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -65,26 +66,38 @@ class Tiles(NamedTuple):
 
 
 class _Arch(NamedTuple):
-    """shared: bytes of shared memory a program may have; the rest bounds what is chosen."""
+    """What bounds a tile.
+
+    Attributes:
+        shared: bytes of shared memory that a program may have.
+        fat_rows: rows of a fat tile, where its accumulators fit in registers.
+        max_stages: stages of loads; the last one computes, the others have a buffer each.
+        fat_warps: warps of a fat tile.
+        wide_stages: most stages where values are wider than 256, as in latent attention: what
+            accumulators need of shared memory differs between architectures.
+    """
 
     shared: int
     fat_rows: int
     max_stages: int
+    fat_warps: int
+    wide_stages: int
 
 
 _ARCHS = {
-    "sm_80": _Arch(163 * _KIB, 128, 4),
-    "sm_87": _Arch(163 * _KIB, 128, 4),
-    "sm_90": _Arch(227 * _KIB, 128, 4),
-    "sm_100": _Arch(227 * _KIB, 128, 4),
-    "sm_103": _Arch(227 * _KIB, 128, 4),
-    "gfx942": _Arch(64 * _KIB, 128, 2),
-    "gfx950": _Arch(160 * _KIB, 128, 2),
+    "sm_80": _Arch(163 * _KIB, 128, 4, 8, 2),
+    "sm_87": _Arch(163 * _KIB, 128, 4, 8, 2),
+    "sm_90": _Arch(227 * _KIB, 128, 4, 8, 3),
+    "sm_100": _Arch(227 * _KIB, 128, 4, 8, 2),
+    "sm_103": _Arch(227 * _KIB, 128, 4, 8, 2),
+    "gfx942": _Arch(64 * _KIB, 128, 2, 4, 2),
+    "gfx950": _Arch(160 * _KIB, 128, 2, 4, 2),
 }
-_OTHER_CUDA = _Arch(99 * _KIB, 64, 3)  # the least of any since sm_80
-_OTHER_HIP = _Arch(64 * _KIB, 64, 2)
+_OTHER_CUDA = _Arch(99 * _KIB, 64, 3, 8, 2)  # the least of any since sm_80
+_OTHER_HIP = _Arch(64 * _KIB, 64, 2, 4, 2)
 
 
+@lru_cache
 def arch_of(device: torch.device) -> str:
     """ "sm_90", "gfx942" and the like; of a CPU, the default to plan for."""
     if device.type != "cuda":
@@ -95,11 +108,17 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def converts_float8(arch: str) -> bool:
+    """Whether kernels can convert from float8_e4m3fn there."""
+    return arch.startswith("gfx") or int(arch.removeprefix("sm_")) >= 89
+
+
 def shared_memory(arch: str) -> int:
     """Bytes of shared memory that a program may have."""
     return _arch(arch).shared
 
 
+@lru_cache
 def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
     """The tiles of a problem, by default for its device.
 
@@ -112,27 +131,42 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
     head_dim = sum(split_dim(problem.head_dim))
     value_dim = sum(split_dim(problem.value_head_dim))
     token_bytes = (head_dim + value_dim) * problem.kv_dtype.itemsize
-    fewest = max(16, power_of_two_from(heads))
 
     def tile(block_m: int, block_n: int, num_warps: int, shared: int) -> Tile:
         query_bytes = block_m * head_dim * problem.dtype.itemsize
-        stage_bytes = block_n * token_bytes
-        num_stages = min(limits.max_stages, max(1, (shared - query_bytes) // stage_bytes))
+        while block_n > 16 and query_bytes + block_n * token_bytes > shared:
+            block_n //= 2
+        buffers = max(0, shared - query_bytes) // (block_n * token_bytes)
+        most = limits.wide_stages if value_dim > 256 else limits.max_stages
+        num_stages = min(most, 1 + buffers)
         return Tile(block_m, block_n, num_warps, num_stages, block_m // heads)
 
-    wide = head_dim + value_dim > 256
+    # Two programs of a lean tile share a multiprocessor: one loads while the other one computes.
+    half = limits.shared // 2
+    fewest = max(16, power_of_two_from(heads))
     if problem.dtype == torch.float32:  # no tensor cores: products are held in registers
-        fat_rows, fat_tokens = 32, 32
+        lean = tile(fewest, 16, 8, half)
+        fat = tile(max(fewest, 32), 16, 8, limits.shared)
+        return Tiles(heads, lean, fat, fat)
+    wide = head_dim + value_dim > 256
+    fat = tile(
+        max(fewest, 64 if wide else limits.fat_rows),
+        32 if wide else 64,
+        limits.fat_warps,
+        limits.shared,
+    )
+    if fewest == fat.block_m:
+        return Tiles(heads, fat, fat, fat)
+    # Float8 is converted in registers, which do not hold more tokens for it.
+    in_registers = (head_dim + value_dim) * problem.dtype.itemsize
+    lean_tokens = min(128, max(32, power_of_two_up_to(32 * _KIB // in_registers)))
+    if value_dim > 256:  # too wide for two programs
+        lean = tile(fewest, lean_tokens, 8, limits.shared)
     else:
-        fat_rows, fat_tokens = (64, 32) if wide else (limits.fat_rows, 64)
-    fat_rows = max(fewest, fat_rows)
-    lean_tokens = min(128, max(16, power_of_two_up_to(32 * _KIB // token_bytes)))
-    # Two lean programs share a multiprocessor, so that one loads while the other one computes.
-    lean = tile(fewest, lean_tokens, 4, limits.shared // 2)
-    fat = tile(fat_rows, fat_tokens, 8 if fat_rows * value_dim > 64 * 128 else 4, limits.shared)
-    middle = max(fewest, min(fat_rows, 64))
-    invariant = tile(middle, fat_tokens, 8 if middle * value_dim > 64 * 128 else 4, limits.shared)
-    return Tiles(heads, lean, fat, invariant)
+        lean = tile(fewest, lean_tokens, 4, half)
+    if wide:
+        return Tiles(heads, lean, fat, fat)
+    return Tiles(heads, lean, fat, tile(max(fewest, 64), 64, 4, half))
 
 
 def split_dim(dim: int) -> tuple[int, int]:

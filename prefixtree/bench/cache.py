@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,15 +19,12 @@ from prefixtree.bench.operations import (
 )
 from prefixtree.bench.peers import Peer, PeerMissing, make_peers
 from prefixtree.bench.played import Played, play
+from prefixtree.bench.usable import UnusableInput, require_writable, write_figures
 from prefixtree.columns import Int32s
 
 TRACE_BLOCK_SIZES = (1, 16)
 TOKENS_WEIGHED = 2**22
 T = TypeVar("T")
-
-
-class UnusableInput(ValueError):
-    """Something that the user gave cannot be used; the message says what and why."""
 
 
 class Sizes(NamedTuple):
@@ -55,7 +51,7 @@ def measure_sizes(
     Raises UnusableInput for engines that cannot be had and files that cannot be written.
     """
     makers = _makers(against)
-    _require_writable(json_file, plot_file)
+    require_writable(json_file, plot_file)
     print(report.heading(block_size, clock), flush=True)
     # Kept until the end: the trees below are not built in memory that these have given back.
     filled = [make(TOKENS_WEIGHED + block_size, block_size) for make in makers]
@@ -84,7 +80,9 @@ def measure_sizes(
     if memory:
         print("\n" + report.weights(memory, largest.nodes))
     result = {"rows": [row._asdict() for row in rows], "memory": memory}
-    _write(json_file, {"block_size": block_size, "clock": clock, **report.machine(), **result})
+    write_figures(
+        json_file, {"block_size": block_size, "clock": clock, **report.machine(), **result}
+    )
     if plot_file is not None:
         report.plot_sizes(rows, plot_file)
 
@@ -107,7 +105,7 @@ def play_trace(
     from prefixtree.replay.traces import TraceError, load_traces
 
     makers = _makers(against)
-    _require_writable(json_file, plot_file)
+    require_writable(json_file, plot_file)
     try:
         recorded = load_traces([trace])[:requests]
     except TraceError as error:
@@ -126,7 +124,7 @@ def play_trace(
     for block_size in TRACE_BLOCK_SIZES:
         results.append(play(prompts(), makers, pool_tokens, block_size, CLOCKS[clock]))
         print(report.played(results[-1]) + "\n", flush=True)
-    _write(
+    write_figures(
         json_file,
         {"clock": clock, **report.machine(), "played": [result._asdict() for result in results]},
     )
@@ -153,18 +151,3 @@ def _makers(against: Sequence[str]) -> list[type[Peer]]:
         return make_peers(against)
     except PeerMissing as error:
         raise UnusableInput(str(error)) from None
-
-
-def _require_writable(*files: Path | None) -> None:
-    """Says before anything is measured that a result could not be written."""
-    for file in files:
-        if file is not None:
-            try:
-                file.open("a").close()
-            except OSError as error:
-                raise UnusableInput(f"{file}: {error.strerror or error}") from None
-
-
-def _write(file: Path | None, result: dict[str, Any]) -> None:
-    if file is not None:
-        file.write_text(json.dumps(result, indent=1) + "\n")

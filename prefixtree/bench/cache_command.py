@@ -89,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when all is measured, 2 for input that cannot be used."""
     try:
-        from prefixtree.bench.cache import Sizes, UnusableInput, measure_sizes, play_trace
+        from prefixtree.bench.cache import Sizes, measure_sizes, play_trace
+        from prefixtree.bench.usable import UnusableInput
 
         if args.plot is not None:
             import matplotlib  # noqa: F401

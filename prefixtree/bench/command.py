@@ -8,6 +8,9 @@ HELP = "measure prefixtree on this machine"
 
 BENCHMARKS = {
     "cache": "prefixtree.bench.cache_command",
+    "attention": "prefixtree.bench.attention_command",
+    "decode": "prefixtree.bench.decode_command",
+    "gpu": "prefixtree.bench.gpu_command",
 }
 
 

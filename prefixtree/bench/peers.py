@@ -11,10 +11,11 @@ A request costs each of them these steps; a step's timing comprises:
 | `close`  | `close`    | `unlock`                                   | `free`                     |
 | `evict`  | `evict`    | `evict`                                    | (`allocate_slots` does it) |
 
-`prepare` turns token ids into what the engine likes best and is not timed: an int32 array for ours,
-an int64 `array` for SGLang, for vLLM a `Request` with its block hashes computed, which takes
-longer than all of its other steps. Not timed either is what SGLang's scheduler does around a
-commit: it copies the request's row, matches, gathers the path's slots and locks a second time.
+`prepare` turns token ids into what the engine likes best and is not timed: a new int32 array for
+ours (so that it is as warm as the others), an int64 `array` for SGLang, for vLLM a `Request` with
+its block hashes computed, which takes longer than all of its other steps. Not timed either is what
+SGLang's scheduler does around a commit: it copies the request's row, matches, gathers the path's
+slots and locks a second time.
 
 SGLang's caches allocate from `_Slots`, a stack of real slots: its own allocator concatenates all
 free slots each time that some come back.
@@ -83,7 +84,7 @@ class Ours:
         self.cache = PrefixCache(-(-num_tokens // block_size), block_size)
 
     def prepare(self, tokens: Int32s) -> Any:
-        return tokens
+        return tokens.copy()
 
     def match(self, prompt: Any) -> int:
         return self.cache.match(prompt).cached

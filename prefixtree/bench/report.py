@@ -47,7 +47,7 @@ def table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys([Ours.name, *(name for row in rows for name in row.median_us)]))
     lines = [["", rows[0].unit, *names]]
     lines += [[row.operation, f"{row.size:,}", *_figures(row.median_us, names)] for row in rows]
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def weights(memory: Sequence[dict[str, Any]], nodes: int) -> str:
@@ -57,7 +57,7 @@ def weights(memory: Sequence[dict[str, Any]], nodes: int) -> str:
         [weight["cache"], f"{weight['bytes_a_node']:,.0f}", f"{weight['bytes_a_token']:.1f}"]
         for weight in memory
     ]
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def played(result: Played) -> str:
@@ -71,7 +71,7 @@ def played(result: Played) -> str:
     hits = ", ".join(f"{name} {hit / result.tokens:.1%}" for name, hit in result.hit_tokens.items())
     return (
         f"{result.requests:,} requests, {result.tokens:,} prompt tokens, blocks of "
-        f"{result.block_size}; cached: {hits}\n{_aligned(lines)}"
+        f"{result.block_size}; cached: {hits}\n{aligned(lines)}"
     )
 
 
@@ -150,7 +150,7 @@ def _time(microseconds: float) -> str:
     return f"{microseconds:.1f} us"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Columns side by side: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

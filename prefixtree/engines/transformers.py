@@ -171,9 +171,7 @@ class _Step(Cache):
         super().__init__(layers=[])
         self.paged = paged
         self.forest = forest
-        written = slots >= 0
-        self.slots = paged._tensor(slots[written])
-        self.rows = None if written.all() else paged._tensor(np.flatnonzero(written))
+        self.slots = paged._tensor(slots)
         self.longest = int((forest.start + forest.length).max())
         self.plans: dict[int | None, attention.Plan] = {}
 
@@ -187,11 +185,10 @@ class _Step(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes K and V [1, heads, T, head_dim]. Returns the paged tensors of the layer."""
         k, v = (states[0].transpose(0, 1) for states in (key_states, value_states))
-        if self.rows is not None:
-            k, v = k[self.rows], v[self.rows]
         storage = self.paged.storage
-        storage.write(layer_idx, self.slots, k, v)
-        return storage.k[layer_idx], storage.v[layer_idx]
+        k_cache, v_cache = storage.k[layer_idx], storage.v[layer_idx]
+        attention.write(k, v, k_cache, v_cache, self.slots, layout=storage.layout)
+        return k_cache, v_cache
 
     def attend(
         self,

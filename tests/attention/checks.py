@@ -165,18 +165,27 @@ def assert_as_good_as_flat(
     On top of that comes what flat attention has no counterpart for: a partial is rounded to the
     dtype once before it is merged, by half a unit in the last place of at most the largest value.
     The weights of a merge sum to one, so the result is off by no more than that. A merge has five
-    roundings of its own in the precision of the partials, each as small: four units cover them.
+    roundings of its own in the precision of the partials, each as small: four units cover them, of
+    the size of the lse: with ALiBi, that of what has been added to the logits, padding included.
 
     arguments: more of `attention.plan`.
     """
+    assert_right(case, given, *run(case, given, device, **arguments))
+
+
+def assert_right(case: Case, given: Tensors, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """As above, of what somebody else ran."""
     expected, expected_lse = attend(case, given)
-    out, lse = run(case, given, device, **arguments)
     assert out.dtype == case.dtype
     assert out.shape == expected.shape
     assert not out.isnan().any()
     largest = _by_slot(case, given.v_cache, case.v_scale).nan_to_num().abs().max().item()
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    rounding = torch.finfo(case.dtype).eps / 2 + 4 * torch.finfo(wide).eps
+    size = 1 + expected_lse.nan_to_num(neginf=0.0).abs().max().item()
+    if case.alibi_slopes is not None:
+        farthest = max(int(own[-1]) for *_, own in _sequences(case))
+        size += max(case.alibi_slopes) * (farthest + 256)
+    rounding = torch.finfo(case.dtype).eps / 2 + 4 * torch.finfo(wide).eps * size
     error = (out.cpu().double() - expected).abs().max().item()
     flat_error = (flat(case, given).double() - expected).abs().max().item()
     assert error <= 2 * flat_error + rounding * largest

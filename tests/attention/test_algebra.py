@@ -62,6 +62,19 @@ def test_merging_parts_of_the_keys_attends_to_all_of_them() -> None:
     assert_equal(merged, attend(slice(0, 30)))
 
 
+def test_a_learned_sink_is_a_key_without_a_value() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, 30, generator=generator, dtype=torch.float64) * 3
+    values = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    sinks = torch.tensor([-torch.inf, 0.5, 7.0], dtype=torch.float64)
+    part = Partial(torch.softmax(logits, 2) @ values, torch.logsumexp(logits, 2))
+    with_sink = torch.cat([logits, sinks.expand(5, 3).unsqueeze(2)], dim=2)
+    expected = Partial(
+        torch.softmax(with_sink, 2)[..., :-1] @ values, torch.logsumexp(with_sink, 2)
+    )
+    assert_equal(merge(part, (IDENTITY.o, sinks)), expected)
+
+
 @given(st.integers(0, 10_000))
 def test_merging_in_place_is_merging(seed: int) -> None:
     a, b = partials(2, (3, 2), seed)

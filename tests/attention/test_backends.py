@@ -86,10 +86,6 @@ WITHOUT_KERNEL: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "wide heads": ({"head_dim": 288}, "no kernel has head_dim 288 and value_head_dim 128"),
     "wide values": ({"value_head_dim": 512}, "no kernel has head_dim 128 and value_head_dim 512"),
-    "a large group": (
-        {"num_q_heads": 130},
-        r"no kernel has 65 query heads to a KV head \(130 to 2; up to 64\)",
-    ),
 }
 
 
@@ -103,9 +99,10 @@ def test_a_problem_without_kernel_gets_torch(capability: Any, what: str) -> None
         choose("triton", problem)
 
 
-def test_the_widest_heads_have_a_kernel(capability: Any) -> None:
+def test_wide_heads_and_large_groups_have_a_kernel(capability: Any) -> None:
     capability(9, 0)
     for widest in (
+        replace(PROBLEM, num_q_heads=130),
         replace(PROBLEM, head_dim=256, value_head_dim=256),
         replace(PROBLEM, num_q_heads=64, num_kv_heads=1, head_dim=576, value_head_dim=512),
     ):
@@ -113,15 +110,13 @@ def test_the_widest_heads_have_a_kernel(capability: Any) -> None:
 
 
 def test_other_devices_get_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
-
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for device in ("cpu", "meta"):
         problem = replace(PROBLEM, device=torch.device(device))
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
         assert choose(None, problem) == "torch"
         with pytest.raises(UnsupportedBackend, match=f"the device is {device}"):
             choose("triton", problem)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     on_cpu = replace(PROBLEM, device=torch.device("cpu"))
     assert choose("triton", on_cpu) == "triton"
     assert choose(None, on_cpu) == "torch"

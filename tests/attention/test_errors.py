@@ -1,5 +1,6 @@
 """Bad input: a named error that says the value and what was expected."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,10 @@ BAD_FORESTS: dict[str, tuple[Callable[[Forest], dict[str, Any]], str]] = {
     "a parent after its child": (
         lambda f: {"parent": changed(f.parent, 1, 2)},
         r"parent\[1\] is 2, expected -1 or an earlier node",
+    ),
+    "a cycle of two": (
+        lambda f: {"parent": np.array([1, 0, 0], np.int32)},
+        r"parent\[0\] is 1, expected -1 or an earlier node",
     ),
     "a cycle of one": (lambda f: {"parent": changed(f.parent, 0, 0)}, r"parent\[0\] is 0"),
     "a parent below -1": (lambda f: {"parent": changed(f.parent, 2, -2)}, r"parent\[2\] is -2"),
@@ -104,21 +109,72 @@ def plan_of(forest: Forest, **arguments: Any) -> attention.Plan:
     return attention.plan(forest, **{**defaults, **arguments})
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_q_heads": 5}, "num_q_heads is 5, expected a multiple of num_kv_heads, 2"),
-        ({"num_q_heads": 0}, "num_q_heads is 0"),
-        ({"num_kv_heads": 0}, "num_kv_heads is 0, expected at least 1"),
-        ({"head_dim": 0}, "head_dim is 0, expected at least 1"),
-        ({"dtype": torch.int32}, "dtype is torch.int32, expected torch.float64"),
-        ({"layout": "DHN"}, "layout is 'DHN', expected"),
-        ({"window": 0}, "window is 0, expected at least 1 or None"),
-    ],
-)
+BAD_PLANS: list[tuple[dict[str, Any], str]] = [
+    ({"num_q_heads": 5}, "num_q_heads is 5, expected a multiple of num_kv_heads, 2"),
+    ({"num_q_heads": 0}, "num_q_heads is 0"),
+    ({"num_q_heads": 4.0}, "num_q_heads is 4.0, expected an integer"),
+    ({"num_kv_heads": 0}, "num_kv_heads is 0, expected at least 1"),
+    ({"head_dim": 0}, "head_dim is 0, expected at least 1"),
+    ({"head_dim": 32.0}, "head_dim is 32.0, expected an integer"),
+    ({"value_head_dim": -1}, "value_head_dim is -1, expected at least 1"),
+    ({"dtype": torch.int32}, "dtype is torch.int32, expected torch.float64"),
+    ({"dtype": torch.float8_e5m2}, "dtype is torch.float8_e5m2, expected torch.float64"),
+    (
+        {"kv_dtype": torch.bfloat16},
+        "kv_dtype is torch.bfloat16, expected the dtype of q, torch.float32, or torch.float8_e4m3",
+    ),
+    (
+        {"kv_dtype": torch.float8_e4m3fnuz},
+        "kv_dtype is torch.float8_e4m3fnuz, expected .* or torch.float8_e4m3fn or float8_e5m2",
+    ),
+    ({"layout": "DHN"}, "layout is 'DHN', expected"),
+    ({"window": 0}, "window is 0, expected at least 1 or None"),
+    ({"window": 2.5}, "window is 2.5, expected an integer"),
+    ({"sink_tokens": -1}, "sink_tokens is -1, expected at least 0"),
+    ({"sink_tokens": None}, "sink_tokens is None, expected an integer"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_PLANS)
 def test_an_impossible_plan(forest: Forest, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanMismatch, match=message):
         plan_of(forest, **arguments)
+
+
+def test_sinks_are_seen_with_or_without_a_window(forest: Forest) -> None:
+    given = tensors(Case(forest, num_blocks=7))
+    without = attention.run(plan_of(forest), *given)
+    for mine, expected in zip(
+        attention.run(plan_of(forest, sink_tokens=3), *given), without, strict=True
+    ):
+        assert mine.equal(expected)
+
+
+BAD_WEIGHTS: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": np.ones(2)}, r"temperature has shape \(2,\), expected \(3,\)"),
+    ({"temperature": np.array([1, 0, 1])}, r"temperature\[1\] is 0.0, expected a positive number"),
+    ({"temperature": np.array([1, 1, -2])}, r"temperature\[2\] is -2.0, expected a positive"),
+    ({"temperature": np.array([np.inf, 1, 1])}, r"temperature\[0\] is inf, expected a positive"),
+    ({"temperature": np.array([1, np.nan, 1])}, r"temperature\[1\] is nan, expected a positive"),
+    ({"log_weight": np.zeros((3, 1))}, r"log_weight has shape \(3, 1\), expected \(3,\)"),
+    ({"log_weight": np.array([0, -np.inf, 0])}, r"log_weight\[1\] is -inf, expected a finite"),
+    ({"log_weight": np.array([0, 0, np.nan])}, r"log_weight\[2\] is nan, expected a finite"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_WEIGHTS)
+def test_weights_of_nodes_that_weigh_nothing(
+    forest: Forest, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidForest, match=message):
+        plan_of(forest, **arguments)
+
+
+def test_a_plan_for_fewer_blocks_than_the_forest_has(forest: Forest) -> None:
+    highest = int(forest.blocks.max())
+    plan_of(forest, num_blocks=highest + 1)
+    with pytest.raises(InvalidForest, match=f"id {highest}, expected ids from 0 to below 2"):
+        plan_of(forest, num_blocks=2)
 
 
 BAD_TENSORS: dict[str, tuple[Callable[[Tensors], dict[str, Any]], str]] = {
@@ -173,8 +229,52 @@ def test_tensors_the_plan_was_not_made_for(forest: Forest, what: str) -> None:
         attention.run(plan_of(forest), *given._replace(**change(given)))
 
 
-@pytest.mark.parametrize("softcap", [0.0, -1.0, float("nan")])
-def test_a_softcap_that_caps_nothing(forest: Forest, softcap: float) -> None:
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({name: value}, rf"{name} is {value}, expected a positive number or None")
+        for name in ("scale", "softcap")
+        for value in (0.0, -1.0, math.nan, math.inf)
+    ),
+    (
+        {"alibi_slopes": torch.ones(2)},
+        r"alibi_slopes has shape \(2,\), expected \(4,\)",
+    ),
+    ({"alibi_slopes": torch.ones(1, 4)}, r"alibi_slopes has shape \(1, 4\), expected \(4,\)"),
+    (
+        {"alibi_slopes": torch.ones(4).double()},
+        "alibi_slopes has dtype torch.float64, expected torch.float32",
+    ),
+    (
+        {"alibi_slopes": torch.ones(4, device="meta")},
+        "alibi_slopes is on meta, expected cpu",
+    ),
+    (
+        {"alibi_slopes": torch.ones(8)[::2]},
+        r"alibi_slopes has strides \(2,\), expected a contiguous tensor",
+    ),
+    *(
+        ({name: value}, f"{name} {message}")
+        for name in ("k_scale", "v_scale")
+        for value, message in (
+            (torch.ones(4), r"has shape \(4,\), expected \(2,\) or \(1,\) or \(\)"),
+            (torch.ones(2, 1), r"has shape \(2, 1\), expected \(2,\)"),
+            (torch.ones(2).half(), "has dtype torch.float16, expected torch.float32"),
+            (torch.ones((), device="meta"), "is on meta, expected cpu"),
+            (torch.ones(1).expand(2), r"has strides \(0,\), expected a contiguous tensor"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_options_no_layer_has(forest: Forest, options: dict[str, Any], message: str) -> None:
     given = tensors(Case(forest, num_blocks=7))
-    with pytest.raises(PlanMismatch, match=r"softcap is .*, expected a positive number or None"):
-        attention.run(plan_of(forest), *given, softcap=softcap)
+    with pytest.raises(PlanMismatch, match=message):
+        attention.run(plan_of(forest), *given, **options)
+
+
+def test_another_step_has_another_plan(forest: Forest) -> None:
+    given = tensors(Case(forest, num_blocks=7))
+    grown = replace(forest, query_len=changed(forest.query_len, 1, 2))
+    with pytest.raises(PlanMismatch, match=r"q has shape \(3, 4, 32\), expected \(4, 4, 32\)"):
+        attention.run(plan_of(grown), *given)

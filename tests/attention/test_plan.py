@@ -145,11 +145,13 @@ def test_depth_first_order_of_sequences() -> None:
     # The root 0 has its own query, then those below node 2 (its own first), then those of node 4.
     assert order.packed.tolist() == [6, 4, 1, 2, 3, 5, 0]
     assert order.position.tolist() == [0, 1, 2, 0, 1, 0, 1]
+    assert order.node.tolist() == [0, 2, 5, 4, 1, 3]
     assert np.column_stack((order.begin, order.end)).tolist() == [
         [0, 5],
-        [5, 7],
         [1, 3],
-        [6, 7],
-        [3, 5],
         [2, 3],
+        [3, 5],
+        [5, 7],
+        [6, 7],
     ]
+    assert order.depth.tolist() == [0, 1, 2, 1, 0, 1]

@@ -1,5 +1,7 @@
 """Running a plan: right against float64, and the same however the forest is written down."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ from tests.attention.strategies import (
     cases,
     forests,
     level_forest,
+    node_sets,
+    node_slots,
     tensors,
     with_sequences,
 )
@@ -24,7 +28,7 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 
 
-@settings(max_examples=4 * settings().max_examples)
+@settings(max_examples=2 * settings().max_examples)
 @given(cases())
 def test_as_good_as_flat_attention_against_float64(case: Case) -> None:
     assert_as_good_as_flat(case, tensors(case))
@@ -38,7 +42,7 @@ def test_the_same_bits_on_every_run(case: Case) -> None:
     assert torch.equal(first[1], second[1])
 
 
-@given(cases(dtypes=(torch.float32,)), st.integers(0, 99))
+@given(cases(dtypes=(torch.float32,), source=forests()), st.integers(0, 99))
 def test_the_order_of_siblings_and_sequences_does_not_matter(case: Case, seed: int) -> None:
     rng = np.random.default_rng(seed)
     nodes = _parents_first(case.forest, rng)
@@ -47,7 +51,12 @@ def test_the_order_of_siblings_and_sequences_does_not_matter(case: Case, seed: i
     queries = np.concatenate([np.arange(place[s], place[s + 1]) for s in sequences])
     given = tensors(case)
     out, lse = run(case, given)
-    other = Case(**{**vars(case), "source": _reordered(case.forest, nodes, sequences)})
+    other = replace(
+        case,
+        source=_reordered(case.forest, nodes, sequences),
+        temperature=case.temperature and tuple(case.temperature[node] for node in nodes),
+        log_weight=case.log_weight and tuple(case.log_weight[node] for node in nodes),
+    )
     other_out, other_lse = run(other, given._replace(q=given.q[queries]))
     # Other places in the batch mean other padding and other tiles, so other roundings: two results
     # that are each within the error of flat attention, which float64 tests bound.
@@ -172,3 +181,95 @@ def test_a_thousand_ragged_tails_are_a_handful_of_calls() -> None:
     case = Case(forest, num_blocks, num_q_heads=8, head_dim=64, dtype=torch.bfloat16)
     assert len(plan_of(case).work.groups) <= 10
     assert_as_good_as_flat(case, tensors(case))
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(cases(source=forests()), st.integers(0, 6))
+def test_batch_invariant_results_have_the_bits_of_a_sequence_alone(case: Case, keep: int) -> None:
+    case = replace(case, batch_invariant=True)
+    given = tensors(case)
+    assert_as_good_as_flat(case, given)
+    sequence = keep % len(case.forest.leaf)
+    query_len = int(case.forest.query_len[sequence])
+    end = int(case.forest.query_len[: sequence + 1].sum())
+    of = slice(end - query_len, end)
+    some = with_sequences(case.forest, [(int(case.forest.leaf[sequence]), query_len)])
+    out, lse = run(case, given)
+    alone, alone_lse = run(replace(case, source=some), given._replace(q=given.q[of]))
+    assert torch.equal(out[of], alone)
+    assert torch.equal(lse[of], alone_lse)
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(cases(source=node_sets()))
+def test_batch_invariant_sets_of_nodes(case: Case) -> None:
+    assert_as_good_as_flat(replace(case, batch_invariant=True), tensors(case))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_bits_do_not_depend_on_where_nodes_end(
+    dtype: torch.dtype, softcap: float | None
+) -> None:
+    lengths = [37, 300, 400, 263]
+    chain = [Node(i - 1, length, shares_block=i > 0) for i, length in enumerate(lengths)]
+    others = [Node(1, 5 + i % 7) for i in range(60)]
+    shared, num_blocks = build_forest(
+        16, [*chain, *others], [(4 + i, 1) for i in range(60)] + [(3, 3)]
+    )
+    alone, _ = build_forest(16, [Node(-1, 1000)], [(0, 3)])
+    many = Case(
+        shared, num_blocks, num_q_heads=6, dtype=dtype, softcap=softcap, batch_invariant=True
+    )
+    given = tensors(many)
+    out, lse = run(many, given)
+    one, one_lse = run(replace(many, source=alone), given._replace(q=given.q[-3:]))
+    assert torch.equal(out[-3:], one)
+    assert torch.equal(lse[-3:], one_lse)
+    # Otherwise the roundings differ: the test can tell.
+    fast = replace(many, batch_invariant=False)
+    assert not torch.equal(run(fast, given)[1][-3:], one_lse)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize(
+    ("steps", "calls"),
+    [
+        ([1] * 7, 1),
+        ([3] * 7, 1),
+        ([1, 1, 4, 1, 1, 1, 1], 2),
+        ([5, 1, 1, 1, 1, 9, 1], 3),
+        ([2, 9, 2, 2, 7, 3, 3], 3),
+    ],
+)
+def test_equally_spaced_nodes_are_read_in_one_call(
+    steps: list[int], calls: int, layout: str
+) -> None:
+    # Of one block each, so that heads lie at one stride in both layouts.
+    block_size = 256
+    forest, _ = build_forest(block_size, [Node(-1, 256)] * 8, [(i, 1) for i in range(8)])
+    spaced = replace(forest, blocks=np.cumsum([0, *steps]).astype(np.int32))
+    case = Case(spaced, 40, num_q_heads=8, num_kv_heads=8, head_dim=128, layout=layout)
+    assert len(plan_of(case).work.groups) == calls
+    for strides in ("plain", "interleaved"):
+        case = replace(case, strides=strides)
+        assert_as_good_as_flat(case, tensors(case))
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 3, 20])
+def test_what_windows_and_sinks_leave_out_is_not_read(sink_tokens: int) -> None:
+    forest, num_blocks = build_forest(
+        4, [Node(-1, 900), Node(0, 700), Node(0, 40)], [(1, 1), (2, 5), (1, 1)]
+    )
+    case = Case(forest, num_blocks, window=30, sink_tokens=sink_tokens)
+    given = tensors(case)
+    expected, expected_lse = attend(case, given)
+    # Sequence 0 and 2 see the end of node 1, sequence 1 the end of node 0 and all of node 2.
+    seen = np.zeros(1640, np.bool_)
+    seen[:sink_tokens] = seen[900 + 5 - 30 : 900] = seen[1570:] = True
+    slots = np.concatenate([node_slots(forest, node) for node in range(3)])[~seen]
+    for cache in given[1:]:
+        cache.flatten(0, 1)[slots] = torch.nan
+    out, lse = run(case, given)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)

@@ -9,6 +9,7 @@ took is learned from the cache afterwards (`lose`) and judged here.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,12 +44,10 @@ def prefixes(namespace: Namespace, tokens: Sequence[int], align: int = 1) -> lis
 
 def common_length(left: Sequence[int], right: Sequence[int]) -> int:
     """Tokens that both start with."""
-    length = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
+    pairs = zip(left, right, strict=False)
+    return next(
+        (length for length, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right))
+    )
 
 
 @dataclass
@@ -125,13 +124,11 @@ class ModelCache:
         return self.uses.keys()
 
     def cached(self, namespace: Namespace, tokens: Sequence[int]) -> int:
-        return self.align * next(
-            (
-                count
-                for count, path in enumerate(self.prefixes(namespace, tokens))
-                if path not in self.uses
-            ),
-            len(tokens) // self.align,
+        # One that is known has all its beginnings known.
+        align, uses, tokens = self.align, self.uses, tuple(tokens)
+        stops = range(align, len(tokens) + 1, align)
+        return align * bisect_left(
+            stops, True, key=lambda stop: Path(namespace, tokens[:stop]) not in uses
         )
 
     def prefixes(self, namespace: Namespace, tokens: Sequence[int]) -> list[Path]:
@@ -143,13 +140,12 @@ class ModelCache:
 
     def pending(self, namespace: Namespace, tokens: Sequence[int]) -> int:
         """Tokens right behind the cached ones that are in an open sequence's prompt."""
-        prompts = [
-            sequence.tokens[: sequence.prompt_len]
-            for sequence in self.sequences
-            if sequence.namespace == namespace
-        ]
         cached = self.cached(namespace, tokens)
-        common = [self.aligned(common_length(tokens, prompt)) for prompt in prompts]
+        common = [
+            self.aligned(common_length(tokens, sequence.tokens[: sequence.prompt_len]))
+            for sequence in self.sequences
+            if sequence.namespace == namespace and sequence.prompt_len > sequence.found
+        ]
         return max([0, *(length - cached for length in common)])
 
     def leaves(self) -> list[Path]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import prefixtree as pt
+from allocator import OutOfBlocks
 
 from .observe import ancestry, check_forest
 
@@ -434,3 +435,23 @@ def test_statistics_tell_hits_and_what_sharing_saves() -> None:
     assert stats.nodes == 3
     with pytest.raises(AttributeError):
         stats.opens = 0  # type: ignore[misc]
+
+
+def test_an_append_may_take_the_blocks_that_its_own_sequences_gave_up() -> None:
+    cache = pt.PrefixCache(6, 1)
+    first, second = cache.open([1, 2, 3]), cache.open([1, 2, 3])
+    first.commit(3)
+    assert second.commit(3)
+    assert (cache.stats().free_blocks, cache.stats().retired_blocks) == (0, 3)
+    # Others may not: a kernel that runs for the second one still reads there.
+    with pytest.raises(OutOfBlocks) as refused:
+        cache.append([first], [4])
+    assert (refused.value.needed, refused.value.free, refused.value.evictable) == (1, 0, 0)
+    assert cache.stats().retired_blocks == 3
+    with pytest.raises(OutOfBlocks) as refused:
+        cache.append([first, second], [4] * 4, [2, 2])
+    assert (refused.value.needed, refused.value.free, refused.value.evictable) == (4, 3, 0)
+    assert cache.stats().retired_blocks == 3
+    assert len(cache.append([first, second], [4] * 3, [1, 2])) == 3
+    assert (cache.stats().free_blocks, cache.stats().retired_blocks) == (0, 0)
+    cache.check()

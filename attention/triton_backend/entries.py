@@ -1,0 +1,91 @@
+"""Entries from pieces, on the host; `expand` does it on a GPU.
+
+Entry j of a piece holds its tokens from the j-th multiple of the width on, counted from the begin
+of the segment's first block. As widths divide the block size, no entry crosses a block.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from attention.forest import Int32Array, Int64Array
+from attention.ranges import expand
+from attention.segments import FloatArray, Segments
+from attention.triton_backend.lists import Pieces
+
+
+class PieceColumns(NamedTuple):
+    """What entries are made from; int64 and float32 [P], entries of pieces ascending.
+
+    Attributes:
+        entry, entries: first entry and how many.
+        log2_width: of the entries.
+        place: where the piece begins, in tokens from the begin of its segment's first block.
+        length: tokens.
+        first_block: where the segment's blocks begin in the array of blocks.
+        position, row_begin, row_end, scale, bias: as in `units.Entries`, of the first token.
+    """
+
+    entry: Int64Array
+    entries: Int64Array
+    log2_width: Int64Array
+    place: Int64Array
+    length: Int64Array
+    first_block: Int64Array
+    position: Int64Array
+    row_begin: Int64Array
+    row_end: Int64Array
+    scale: FloatArray | None
+    bias: FloatArray | None
+
+
+class EntryColumns(NamedTuple):
+    """Columns as in `units.Entries`, int64 and float32 [E]; `place`: their places in these."""
+
+    place: Int64Array
+    slot: Int64Array
+    length: Int64Array
+    position: Int64Array
+    row_begin: Int64Array
+    row_end: Int64Array
+    scale: FloatArray | None
+    bias: FloatArray | None
+
+
+def piece_columns(segments: Segments, pieces: Pieces) -> PieceColumns:
+    """All that the entries of pieces follow from; O(pieces)."""
+    of = pieces.segment
+    temperature, log_weight = segments.temperature, segments.log_weight
+    return PieceColumns(
+        entry=pieces.entry,
+        entries=pieces.entries,
+        log2_width=pieces.log2_width,
+        place=segments.offset[of] + pieces.begin,
+        length=pieces.length,
+        first_block=segments.first_block[of],
+        position=segments.start[of] + pieces.begin,
+        row_begin=pieces.row_begin,
+        row_end=pieces.row_end,
+        scale=None if temperature is None else 1 / temperature[of],
+        bias=None if log_weight is None else log_weight[of],
+    )
+
+
+def expand_pieces(pieces: PieceColumns, blocks: Int32Array, block_size: int) -> EntryColumns:
+    """The entries of pieces, on the host; O(entries)."""
+    piece, ordinal = expand(pieces.entries)
+    place, shift = pieces.place[piece], pieces.log2_width[piece]
+    multiple = (place >> shift) + ordinal
+    begin = np.maximum(place, multiple << shift)
+    end = np.minimum(place + pieces.length[piece], multiple + 1 << shift)
+    block = blocks[pieces.first_block[piece] + begin // block_size]
+    return EntryColumns(
+        place=pieces.entry[piece] + ordinal,
+        slot=block.astype(np.int64) * block_size + begin % block_size,
+        length=end - begin,
+        position=pieces.position[piece] + begin - place,
+        row_begin=pieces.row_begin[piece],
+        row_end=pieces.row_end[piece],
+        scale=None if pieces.scale is None else pieces.scale[piece],
+        bias=None if pieces.bias is None else pieces.bias[piece],
+    )

@@ -1,0 +1,339 @@
+"""What the Triton backend makes of segments: a schedule on the device, which can grow in place."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from attention.algebra import Partial
+from attention.counting import pairs_seen, tokens_per_path, tokens_read
+from attention.errors import PlanExhausted, PlanFull, PlanMismatch
+from attention.explain import WorkSummary
+from attention.options import RunOptions
+from attention.problem import Problem
+from attention.segments import Segments
+from attention.triton_backend.buffers import Columns, Values
+from attention.triton_backend.cost import costs, device_of, predict
+from attention.triton_backend.entries import (
+    EntryColumns,
+    PieceColumns,
+    expand_pieces,
+    piece_columns,
+)
+from attention.triton_backend.expand import expand_on_device
+from attention.triton_backend.growth import Growth
+from attention.triton_backend.invariant import make_invariant_plan
+from attention.triton_backend.launch import launch
+from attention.triton_backend.planner import (
+    MergeColumns,
+    Shape,
+    UnitColumns,
+    UnitPlan,
+    make_plan,
+)
+from attention.triton_backend.tiles import arch_of, tiles_for
+from attention.triton_backend.units import Entries, Merges, Rows, Schedule, Units
+
+# Programs of the segment kernel that run on a multiprocessor at once.
+OCCUPANCY = 2
+
+Columned = UnitColumns | MergeColumns | PieceColumns | EntryColumns
+
+
+def shape_of(problem: Problem) -> Shape:
+    """The shape of schedules for a problem on its device.
+
+    Raises PlanMismatch for a problem that the kernels do not compute.
+    """
+    tiles = tiles_for(problem)
+    processors = None
+    if problem.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
+    device = device_of(arch_of(problem.device), processors)
+    programs = max(1, device.processors * OCCUPANCY // problem.num_kv_heads)
+    lean, fat = tiles.lean, tiles.fat
+    if problem.batch_invariant:
+        lean = fat = tiles.invariant
+    return Shape(
+        lean_rows=lean.rows_per_tile,
+        fat_rows=fat.rows_per_tile,
+        block_n=lean.block_n,
+        programs=programs,
+        costs=costs(problem, device),
+    )
+
+
+class TritonWork:
+    """A schedule on the problem's device, in tensors that stay where they are.
+
+    Attributes:
+        problem: what is planned for.
+        schedule: what the kernels read.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        problem: Problem,
+        segments: Segments,
+        reserve: int = 0,
+        *,
+        shape: Shape | None = None,
+    ) -> None:
+        """Plan the work on segments.
+
+        Args:
+            reserve: how often `advance` may be called before the next `update`.
+            shape: of the schedule, by default that for the problem's device.
+
+        Raises:
+            PlanMismatch: the kernels do not compute the problem, or reserve is not 0 and a
+                sequence has another number of queries than one.
+        """
+        _check_reserve(problem, segments, reserve)
+        self.problem = problem
+        self._reserve = reserve
+        self._shape = shape_of(problem) if shape is None else shape
+        self._segments = segments
+        self._made = plan = self._plan(segments)
+        self._columns = _make_columns(problem, plan)
+        self._kinds = tuple(plan.units)
+        self.schedule = _schedule(self._columns, self._kinds, plan)
+        self._write(plan)
+
+    def run(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
+    ) -> Partial:
+        """Attention of all queries in the packed order: o in q's dtype, and lse."""
+        return launch(self.problem, self.schedule, q, k_cache, v_cache, options)
+
+    @property
+    def kv_tokens_loaded(self) -> int:
+        """KV tokens that the units load, one as often as it is loaded; O(entries)."""
+        tokens = np.append(0, np.cumsum(self.schedule.entries.length.cpu().numpy(), dtype=np.int64))
+        loaded = 0
+        for units in self.schedule.units:
+            of = slice(int(units.size))
+            begin, end = units.entry_begin[of].cpu().numpy(), units.entry_end[of].cpu().numpy()
+            loaded += int((tokens[end] - tokens[begin]).sum())
+        return loaded
+
+    def summary(self) -> WorkSummary:
+        """The units by kind of tile; predictions are those of `cost`, not tuned on hardware."""
+        plan, costs = self._made, self._shape.costs
+        unique = tokens_read(self.problem, self._segments)
+        per_path = tokens_per_path(self.problem, self._segments)
+        pairs = pairs_seen(self.problem, self._segments)
+        loaded, partials = self.kv_tokens_loaded, plan.num_partials
+        row_lanes = sum(
+            rows_per_tile * int((units.entry_end - units.entry_begin << units.log2_width).sum())
+            for rows_per_tile, units in plan.units.items()
+        )
+        return WorkSummary(
+            units=tuple(
+                (f"tiles of {rows_per_tile} rows", len(units.ordinal))
+                for rows_per_tile, units in plan.units.items()
+            ),
+            kv_tokens_loaded=loaded,
+            partials=partials,
+            predicted_seconds=predict(
+                costs,
+                unique=unique,
+                loaded=loaded,
+                row_lanes=row_lanes,
+                partials=partials,
+                launches=len(plan.units) + (partials > 0),
+            ),
+            predicted_seconds_unshared=predict(
+                costs,
+                unique=unique,
+                loaded=per_path,
+                row_lanes=max(pairs, per_path * self._shape.lean_rows),
+                partials=0,
+                launches=1,
+            ),
+        )
+
+    def update(self, segments: Segments) -> None:
+        """Plan for other segments in the same tensors.
+
+        Raises:
+            PlanMismatch: as when the work was made.
+            PlanFull: they do not fit. The schedule is left as it was.
+        """
+        _check_reserve(self.problem, segments, self._reserve)
+        # What has columns must be written.
+        ones = np.ones(len(segments.length), np.float32)
+        if self.schedule.entries.scale is not None and segments.temperature is None:
+            segments = segments._replace(temperature=ones)
+        if self.schedule.entries.bias is not None and segments.log_weight is None:
+            segments = segments._replace(log_weight=ones - 1)
+        plan = self._plan(segments)
+        self._write(plan)
+        self._segments, self._made = segments, plan
+
+    def advance(self, slots: npt.NDArray[Any]) -> None:
+        """Let every sequence grow by one token, and its query move on to it.
+
+        Args:
+            slots: integers [S], slot of each sequence's new token, sequences in the packed order.
+
+        Raises:
+            PlanMismatch: slots are no S integers of at least 0.
+            PlanExhausted: the work has been advanced `reserve` times. It is left as it was.
+        """
+        if self._growth is None or self._growth.left == 0:
+            raise PlanExhausted(
+                f"the plan has been advanced {self._reserve} times, all that it reserved room for"
+            )
+        self._columns.patch(self._growth.advance(slots))
+
+    def _plan(self, segments: Segments) -> UnitPlan:
+        if self.problem.batch_invariant:
+            return make_invariant_plan(self.problem, segments, self._shape)
+        return make_plan(self.problem, segments, self._shape, self._reserve)
+
+    def _write(self, plan: UnitPlan) -> None:
+        """Write a plan to the columns, or raise PlanFull and change nothing."""
+        columns, segments = self._columns, plan.segments
+        if not set(plan.units) <= set(self._kinds):
+            raise PlanFull(
+                f"tiles of {max(plan.units)} and {min(plan.units)} rows are needed, the plan has "
+                f"room for those of {self._kinds}"
+            )
+        if plan.num_partials > self.schedule.num_partials:
+            raise PlanFull(
+                f"{plan.num_partials} partial results are to be merged, the plan has room for "
+                f"{self.schedule.num_partials}"
+            )
+        values: dict[str, Values] = {
+            "rows.query": segments.query,
+            "rows.position": segments.position,
+            "rows.partial": plan.partial,
+            **_named("merges", plan.merges),
+            "merges.size": np.array([len(plan.merges.query)]),
+        }
+        for kind in self._kinds:
+            units = plan.units.get(kind)
+            values |= {} if units is None else _named(_units(kind), units)
+            size = 0 if units is None else len(units.ordinal)
+            values[f"{_units(kind)}.size"] = np.array([size])
+        pieces = piece_columns(segments, plan.pieces)
+        columns.check(dict.fromkeys(_entry_names(segments), plan.num_entries))
+        # No piece has the entries that batch-invariant plans leave empty between pieces.
+        self.schedule.entries.length.zero_()
+        if "pieces.entry" in columns:
+            columns.write(values | _named("pieces", pieces) | {"blocks": segments.blocks})
+            expand_on_device(
+                {
+                    name: columns[f"pieces.{name}"]
+                    for name in PieceColumns._fields
+                    if f"pieces.{name}" in columns
+                },
+                len(pieces.entry),
+                columns["blocks"],
+                segments.block_size,
+                self.schedule.entries,
+                plan.num_entries,
+            )
+        else:
+            columns.write(values)
+            entries = expand_pieces(pieces, segments.blocks, segments.block_size)
+            place, *_ = entries
+            columns.patch(
+                [
+                    (name, place, column)
+                    for name, column in _named("entries", entries).items()
+                    if name != "entries.place"
+                ]
+            )
+        self._growth = None
+        if plan.tails is not None:
+            kind = self._shape.lean_rows
+            self._growth = Growth(segments, plan.tails, _units(kind), self._reserve)
+
+
+def _make_columns(problem: Problem, plan: UnitPlan) -> Columns:
+    """Columns for a plan, with room for others that are somewhat larger."""
+    segments, on_gpu = plan.segments, problem.device.type != "cpu"
+    rows = _with_room(len(segments.query))
+    staged = {f"rows.{name}": rows for name in Rows._fields}
+    for kind, units in plan.units.items():
+        size = _with_room(len(units.ordinal))
+        staged |= {f"{_units(kind)}.size": 1}
+        staged |= {f"{_units(kind)}.{name}": size for name in UnitColumns._fields}
+    staged |= {"merges.size": 1}
+    staged |= {
+        f"merges.{name}": _with_room(len(plan.merges.query)) for name in MergeColumns._fields
+    }
+    if on_gpu:
+        present = _named("pieces", piece_columns(segments, plan.pieces))
+        staged |= {name: _with_room(len(plan.pieces.entry)) for name in present}
+        staged |= {"blocks": _with_room(len(segments.blocks))}
+    room = _with_room(plan.num_entries)
+    return Columns(
+        staged | dict.fromkeys(_entry_names(segments), room), len(staged), problem.device
+    )
+
+
+def _schedule(columns: Columns, kinds: tuple[int, ...], plan: UnitPlan) -> Schedule:
+    def optional(name: str) -> torch.Tensor | None:
+        return columns[name].view(torch.float32) if name in columns else None
+
+    def required(prefix: str, *names: str) -> dict[str, torch.Tensor]:
+        return {name: columns[f"{prefix}.{name}"] for name in names}
+
+    return Schedule(
+        rows=Rows(**required("rows", *Rows._fields)),
+        entries=Entries(
+            **required("entries", *Entries._fields[:5]),
+            scale=optional("entries.scale"),
+            bias=optional("entries.bias"),
+        ),
+        units=tuple(
+            Units(**required(_units(kind), *Units._fields[:-1]), rows_per_tile=kind)
+            for kind in kinds
+        ),
+        merges=Merges(**required("merges", *Merges._fields)),
+        num_partials=_with_room(plan.num_partials),
+    )
+
+
+def _entry_names(segments: Segments) -> list[str]:
+    names = list(Entries._fields[:5])
+    names += ["scale"] if segments.temperature is not None else []
+    names += ["bias"] if segments.log_weight is not None else []
+    return [f"entries.{name}" for name in names]
+
+
+def _named(prefix: str, columns: Columned) -> dict[str, Values]:
+    """The columns of a named tuple that are there, by the names that they have in the buffer."""
+    return {
+        f"{prefix}.{name}": column
+        for name, column in zip(columns._fields, columns, strict=True)
+        if column is not None
+    }
+
+
+def _units(rows_per_tile: int) -> str:
+    return f"units of {rows_per_tile} rows"
+
+
+def _with_room(size: int) -> int:
+    """A quarter more, so that a batch may change a little without new tensors."""
+    return size + size // 4 + -(size + size // 4) % 64
+
+
+def _check_reserve(problem: Problem, segments: Segments, reserve: int) -> None:
+    if reserve < 0:
+        raise PlanMismatch(f"reserve is {reserve}, expected at least 0")
+    if reserve and problem.batch_invariant:
+        raise PlanMismatch(f"reserve is {reserve}, expected 0 in a batch-invariant plan")
+    queries, rows = segments.num_queries, len(segments.query)
+    if reserve and not queries == rows == len(segments.run_end):
+        raise PlanMismatch(
+            f"reserve is {reserve} for {queries} queries of {len(segments.run_end)} sequences in "
+            f"{rows} places, expected 0: only sequences with one query in one place advance"
+        )

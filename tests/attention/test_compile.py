@@ -1,0 +1,56 @@
+"""The kernels compile for every architecture and keep to its registers and shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attention.triton_backend.tiles import shared_memory
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes that registers do not hold: next to 64 rows of 512 columns on sm_90 and in tensor memory's
+# way through them on sm_100, a few dozen values wait in the first cache.
+STACK = {
+    ("sm_80", "everything"): 16,
+    ("sm_90", "latent"): 128,
+    ("sm_100", "latent"): 128,
+    ("sm_100", "fat"): 128,
+}
+
+
+@cache
+def compiled(arch: str, cache_directory: Path) -> list[dict[str, Any]]:
+    environment = {name: of for name, of in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.attention.compiling", arch],
+        env={**environment, "TRITON_CACHE_DIR": str(cache_directory)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles_within_the_registers_and_shared_memory(arch: str, tmp_path: Path) -> None:
+    variants = compiled(arch, tmp_path)
+    assert variants
+    for variant in variants:
+        for kernel in ("segment", "merge"):
+            found = variant[kernel]
+            assert found["shared"] <= shared_memory(arch), variant
+        assert variant["merge"]["stack"] == 0, variant
+        assert variant["segment"]["stack"] <= STACK.get((arch, variant["variant"]), 0), variant
+        if variant["variant"] != "float32":
+            assert variant["segment"]["matrix"] > 0, variant
+        if arch == "sm_90":
+            # Keys and values come 16 bytes a thread, straight to shared memory.
+            assert variant["segment"]["copies"] > 0 or variant["variant"] == "float32", variant
+            if variant["variant"] in ("fat", "latent"):
+                assert variant["segment"]["wgmma"] > 0, variant

@@ -110,8 +110,8 @@ class Inspector:
         self.close()
 
     def _tree_json(self) -> bytes:
-        number, view = self.published.latest()
         with self._writing:
+            number, view = self.published.latest()
             if self._json[0] != number:
                 shown = frame(view, self.decode) if self.token_text else frame_without_text(view)
                 self._json = number, _as_json(shown)

@@ -1,5 +1,6 @@
 """The plan of attention over a forest: made once a step, run once a layer."""
 
+import html
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -102,6 +103,9 @@ class Plan:
     def explain(self) -> Explanation:
         """What one layer takes and what sharing is worth; `print` it."""
         return explain(self.problem, self.segments, self.backend, self.work.summary())
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self.explain()))}</pre>"
 
 
 def plan(

@@ -8,6 +8,8 @@ from prefixtree.batch import Batch
 from prefixtree.cache import Forgotten, Match, Pin, PrefixCache
 from prefixtree.errors import (
     CacheBroken,
+    CannotServe,
+    DecodeFailed,
     InvalidBatch,
     InvalidLength,
     InvalidNamespace,
@@ -34,6 +36,8 @@ __all__ = [
     "Batch",
     "BrokenInvariant",
     "CacheBroken",
+    "CannotServe",
+    "DecodeFailed",
     "Evicted",
     "Eviction",
     "Explanation",

@@ -22,7 +22,9 @@ class Command(Protocol):
 COMMANDS = {
     "bench": "prefixtree.bench.command",
     "demo": "prefixtree.demo.command",
+    "inspect": "prefixtree.inspector.command",
     "replay": "prefixtree.replay.command",
+    "serve-inspector": "prefixtree.inspector.serve_command",
 }
 
 

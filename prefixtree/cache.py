@@ -129,6 +129,8 @@ class PrefixCache:
         if reserve_block_0 and num_blocks == 1:
             raise InvalidArgument("num_blocks is 1, expected at least 2 when block 0 is reserved")
         self._lock: AbstractContextManager[object] = RLock() if thread_safe else nullcontext()
+        self.thread_safe = thread_safe
+        """Whether any thread may call it."""
         self._broken = ""
         self._pool = BlockPool(num_blocks, block_size)
         self._reserved = self._pool.allocate(int(reserve_block_0))
@@ -496,8 +498,11 @@ class PrefixCache:
 
     @guarded
     def tree(self) -> TreeView:
-        """The tree as it is now, to print and to walk. O(nodes)."""
-        return TreeView.of(self._tree)
+        """The tree as it is now, to print and to walk. O(nodes log nodes + tokens)."""
+        return TreeView.of(self._state(), self.stats())
+
+    def _repr_html_(self) -> str:
+        return self.tree()._repr_html_()
 
     def _state(self) -> State:
         aside = np.concatenate([self._reserved, self._tails.retired])

@@ -61,3 +61,11 @@ class SlotRange(PrefixTreeError, IndexError):
 
 class InvalidSnapshot(PrefixTreeError, ValueError):
     """A file is no snapshot, is damaged or contradicts itself, or does not fit the storage."""
+
+
+class DecodeFailed(PrefixTreeError, RuntimeError):
+    """The function that was given to turn tokens into text raised, or returned something else."""
+
+
+class CannotServe(PrefixTreeError, OSError):
+    """The inspector cannot listen where it was told to: the port is in use, or not allowed."""

@@ -159,3 +159,8 @@ class Sequence:
         if not self.is_open:
             return f"<Sequence {'preempted' if self.is_preempted else 'closed'}>"
         return f"<Sequence {len(self)} tokens, {self.committed} committed>"
+
+    def _repr_html_(self) -> str:
+        from prefixtree.notebook import sequence_html
+
+        return sequence_html(self)

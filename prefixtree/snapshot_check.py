@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.errors import InvalidSnapshot
+from prefixtree.preorder import intervals
 from prefixtree.ragged import spans
 
 Fields = Mapping[str, npt.NDArray[Any]]
@@ -94,7 +95,7 @@ def first_shared(fields: Fields, blocks: Int32s, block_size: int) -> npt.NDArray
     wrong = high[upper] > low[lower]  # always so when it is not the lower one's first block
     far = np.flatnonzero(parent[below] != above)
     if len(far):
-        enter, leave = _intervals(parent, start)
+        enter, leave = intervals(parent, start)
         top, bottom = enter[above[far]], enter[below[far]]
         wrong[far] |= (bottom <= top) | (bottom >= leave[above[far]])
     _first(
@@ -109,31 +110,6 @@ def first_shared(fields: Fields, blocks: Int32s, block_size: int) -> npt.NDArray
 def _held(fields: Fields, block_size: int) -> Int64s:
     held: Int64s = -(-(fields["offset"] + fields["length"]) // block_size)
     return held
-
-
-def _intervals(parent: Int32s, start: Int64s) -> tuple[Int64s, Int64s]:
-    """[N] when a depth-first walk enters each node and leaves it: one lies within another's."""
-    count = len(parent)
-    downward = np.argsort(start, kind="stable").tolist()
-    parents = parent.tolist()
-    sizes = [1] * count
-    for node in reversed(downward):
-        if parents[node] >= 0:
-            sizes[parents[node]] += sizes[node]
-    enter = [0] * count
-    free = [0] * count  # where the walk enters the next child
-    outside = 0
-    for node in downward:
-        above = parents[node]
-        if above < 0:
-            enter[node] = outside
-            outside += sizes[node]
-        else:
-            enter[node] = free[above]
-            free[above] += sizes[node]
-        free[node] = enter[node] + 1
-    entered = np.array(enter, np.int64)
-    return entered, entered + np.array(sizes, np.int64)
 
 
 def _within(name: str, values: npt.NDArray[Any], low: int, high: int) -> None:

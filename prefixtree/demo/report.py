@@ -9,7 +9,8 @@ import transformers
 
 from prefixtree.demo.job import Difference, Job, Outcome, agreement, tokens_asked
 from prefixtree.demo.model import TextModel, next_logits
-from prefixtree.view import Decode, TreeView
+from prefixtree.view import TreeView
+from prefixtree.view_text import Decode
 
 WIDTH = 80
 TREE_CHILDREN = 4

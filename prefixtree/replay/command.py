@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=seed, default=0, metavar="N", help=f"of the disturbances {default}")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE.html",
+        help="write a page there that shows the tree over the time of the first run: of the first "
+        "policy at the smallest capacity, whose time then includes that",
+    )
     add("--plot", type=Path, metavar="FILE.png", help="draw hit rate over capacity there")
 
 
@@ -63,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from prefixtree.errors import CacheBroken
 
     try:
+        from prefixtree.replay.record import Recorder
         from prefixtree.replay.run import UnusableCapacity, replay
 
         if args.plot:
@@ -73,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from prefixtree.replay.report import Settings, as_json, as_text
     from prefixtree.replay.traces import TraceError, load_traces
 
+    recorder = Recorder() if args.record else None
     try:
         found = replay(
             load_traces(args.traces)[: args.limit],
@@ -80,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             policies=args.policies or policy_names(),
             capacities=args.capacities,
             settings=Settings(args.block_size, args.running, args.disturb, args.seed),
+            recorder=recorder,
         )
     except (TraceError, UnusableCapacity) as error:
         return _refuse(str(error))
@@ -90,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.json:
             args.json.write_text(as_json(found))
+        if recorder:
+            recorder.write(args.record, title=", ".join(path.name for path in args.traces))
         if args.plot:
             plot(found, args.plot)
     except (OSError, ValueError) as error:

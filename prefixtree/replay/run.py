@@ -12,6 +12,7 @@ from tqdm import tqdm
 from prefixtree.replay.bound import Accesses, accesses, clairvoyant_hits
 from prefixtree.replay.meter import Meter, MeteredCache, gc_pauses
 from prefixtree.replay.player import EVENTS, Player, fits
+from prefixtree.replay.record import Recorder
 from prefixtree.replay.report import Limit, Replay, Run, Settings
 from prefixtree.replay.request import Request
 
@@ -30,12 +31,14 @@ def replay(
     policies: Iterable[str],
     capacities: Iterable[int] | None,
     settings: Settings,
+    recorder: Recorder | None = None,
 ) -> Replay:
     """Plays the requests under each policy at each capacity, in tokens, with a progress bar.
 
     `capacities` None stands for some fractions of what the requests need to evict nothing, made
-    large enough for each request by itself. Raises `UnusableCapacity`, and what a broken cache
-    raises: `BrokenInvariant`, `DoubleFree`, `ForeignBlock`, `CacheBroken`.
+    large enough for each request by itself. A `recorder` watches the first run. Raises
+    `UnusableCapacity`, and what a broken cache raises: `BrokenInvariant`, `DoubleFree`,
+    `ForeignBlock`, `CacheBroken`.
     """
     access = accesses(requests)
     total = sum(request.input_length for request in requests)
@@ -52,7 +55,8 @@ def replay(
             for policy in policies:
                 bar.set_description(f"{policy}, {limit.capacity:,} tokens")
                 ticking = _ticking(requests, bar.update)
-                runs.append(_run(ticking, policy, limit, settings, total))
+                runs.append(_run(ticking, policy, limit, settings, total, recorder))
+                recorder = None
     return Replay(
         traces=[str(path) for path in traces],
         requests=len(requests),
@@ -86,10 +90,17 @@ def _limit(
 
 
 def _run(
-    requests: Iterable[Request], policy: str, limit: Limit, settings: Settings, total: int
+    requests: Iterable[Request],
+    policy: str,
+    limit: Limit,
+    settings: Settings,
+    total: int,
+    recorder: Recorder | None,
 ) -> Run:
     meter = Meter()
     cache = MeteredCache(limit.num_blocks, settings.block_size, policy, meter)
+    if recorder:
+        requests = recorder.watching(requests, cache)
     player = Player(cache, settings.running, settings.disturb, settings.seed)
     start = perf_counter()
     with gc_pauses() as pauses:

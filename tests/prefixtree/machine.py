@@ -132,7 +132,7 @@ def fingerprint(
     """All that can be seen of a cache, but for what only an eviction brings to light."""
     return (
         cache.stats(),
-        str(cache.tree()),
+        cache.tree().to_dicts(),
         [pin.tokens for pin in pins],
         [
             (

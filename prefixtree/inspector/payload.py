@@ -1,0 +1,83 @@
+"""What the page draws: a view as JSON, its arrays as base64 of little-endian int32.
+
+| key | is |
+|---|---|
+| `label` | what the frame is of |
+| `stats` | `Stats` as an object, with `hit_rate` |
+| `namespaces` | [R] as text |
+| `arrays` | those of `ARRAYS`: [N] as in `TreeView`; `held`: [N] blocks each; `blocks`, `aside` |
+| `texts` | [N] the nodes' text, or null where it is not shown |
+
+All else that the page shows (positions, depths, sums, reference counts) it counts from these.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prefixtree.view_text import Decode, text_of
+
+if TYPE_CHECKING:
+    from prefixtree.view import TreeView
+
+ARRAYS = "parent", "length", "pending", "offset", "pins", "hits", "idle", "age", "writer"
+
+TEXT_BUDGET = 8 << 20
+"""Tokens of text in one page, about: so that it loads at once."""
+LEAST_TEXT = 48
+"""Tokens of text that every node may have."""
+
+Frame = dict[str, Any]
+
+
+def frame(view: TreeView, decode: Decode | None, label: str = "") -> Frame:
+    """The view with its text: decoded, or token ids. Raises `DecodeFailed`. O(nodes + tokens)."""
+    return {**frame_without_text(view, label), "texts": texts(view, decode)}
+
+
+def frame_without_text(view: TreeView, label: str = "") -> Frame:
+    """The view without anything of its tokens. O(nodes)."""
+    arrays = {name: getattr(view, name) for name in ARRAYS}
+    arrays["held"] = np.diff(view.block_ends)
+    arrays["blocks"] = view.blocks
+    arrays["aside"] = view.aside
+    return {
+        "label": label,
+        "stats": {**asdict(view.stats), "hit_rate": view.stats.hit_rate},
+        "namespaces": [
+            name if isinstance(name, str) else ", ".join(map(repr, name))
+            for name in view.namespaces
+        ],
+        "arrays": {name: _packed(values) for name, values in arrays.items()},
+        "texts": None,
+    }
+
+
+def texts(view: TreeView, decode: Decode | None) -> list[str]:
+    """Each node's text. Of one that is too long its begin and its end. Raises `DecodeFailed`."""
+    room = max(LEAST_TEXT, TEXT_BUDGET // max(len(view), 1))
+    ends = view.token_ends.tolist()
+    found = []
+    for first, stop in pairwise(ends):
+        if stop == first:
+            found.append("")
+        elif stop - first <= room:
+            found.append(text_of(view.tokens[first:stop], decode))
+        else:
+            head = text_of(view.tokens[first : first + room // 2], decode)
+            tail = text_of(view.tokens[stop - room // 4 : stop], decode)
+            left_out = stop - first - room // 2 - room // 4
+            found.append(f"{head}\n[… {left_out} tokens left out …]\n{tail}")
+    return found
+
+
+def _packed(values: npt.NDArray[Any]) -> str:
+    # Counts beyond int32 would take a cache of 2**31 tokens on one path: shown as the largest.
+    narrow = np.minimum(values, np.iinfo(np.int32).max).astype("<i4")
+    return base64.b64encode(narrow.tobytes()).decode("ascii")

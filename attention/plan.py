@@ -35,6 +35,15 @@ class Work(Protocol):
     ) -> Partial: ...
     def summary(self) -> WorkSummary: ...
     def advance(self, slots: AnyArray) -> None: ...
+    def update(
+        self,
+        segments: Segments,
+        source: ForestArrays | NodeSets,
+        temperature: FloatArray | None,
+        log_weight: FloatArray | None,
+    ) -> None:
+        """Become the work on other segments; what they were made of is for backends without."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +107,54 @@ class Plan:
         slots = slots.cpu().numpy() if isinstance(slots, torch.Tensor) else np.asarray(slots)
         self.work.advance(slots)
         needed = int(slots.max()) // self.block_size + 1
-        object.__setattr__(self, "min_num_blocks", max(self.min_num_blocks, needed))
+        self._become(min_num_blocks=max(self.min_num_blocks, needed))
+
+    def update(
+        self,
+        source: ForestArrays | NodeSets,
+        temperature: FloatArray | None = None,
+        log_weight: FloatArray | None = None,
+        *,
+        num_blocks: int | None = None,
+    ) -> None:
+        """Plan in place for another forest of the same problem: sequences came, went or forked.
+
+        The plan runs then as one made anew, with the reserve that it was made with; its handle
+        stays. The kernels of the backend "triton" read the new plan from the tensors of the old
+        one, so a CUDA graph that a run was captured in stays valid for as many queries as its q
+        has, or fewer: then the first `num_queries` of q are read, and the rest of the results is
+        left unset. The tensors have room for what the plan was made for and about a quarter more:
+        an engine makes the plan for the largest batch that a graph is to serve.
+
+        Args:
+            source, temperature, log_weight, num_blocks: see `attention.plan`.
+
+        Raises:
+            InvalidForest: the arrays of the source contradict each other or `num_blocks`.
+            PlanMismatch: the block size is another one, or the plan has a reserve and a sequence
+                has not one query in one place.
+            PlanFull: it does not fit into the tensors of the backend "triton", or a captured run
+                had fewer queries.
+
+            The plan is left as it was.
+
+        Host work as `attention.plan`; on a GPU in the order of the current stream.
+        """
+        segments = _checked(source, temperature, log_weight, num_blocks)
+        if segments.block_size != self.block_size:
+            raise PlanMismatch(
+                f"block_size is {segments.block_size}, expected that of the plan, {self.block_size}"
+            )
+        self.work.update(segments, source, temperature, log_weight)
+        self._become(
+            num_queries=segments.num_queries,
+            min_num_blocks=_min_num_blocks(segments),
+            segments=segments,
+        )
+
+    def _become(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def explain(self) -> Explanation:
         """What one layer takes and what sharing is worth; `print` it."""
@@ -146,7 +202,8 @@ def plan(
             and the other is added to them, so that exp(log_weight) weighs the node (1 and 0 by
             default).
         batch_invariant: the results of a sequence have the same bits whatever else is planned.
-        reserve: how often the plan can be advanced; more than 0 for sequences of one query only.
+        reserve: how often the plan can be advanced; more than 0 for sequences of one query only,
+            and not for the backend "reference".
         backend: "triton" (kernels for CUDA of compute capability 8.0 and ROCm gfx9xx, or on the
             CPU under TRITON_INTERPRET=1), "torch" (torch operations, any device) or "reference"
             (float64, one query at a time, any device: what the others are held to). By default
@@ -176,20 +233,34 @@ def plan(
         batch_invariant=batch_invariant,
     )
     chosen = choose(backend, problem)
-    segments = segments_of(source, temperature, log_weight)
-    highest_block = int(segments.blocks.max())
-    if num_blocks is not None and highest_block >= num_blocks:
-        raise InvalidForest(
-            f"blocks has the id {highest_block}, expected ids from 0 to below {num_blocks}"
-        )
+    segments = _checked(source, temperature, log_weight, num_blocks)
     return Plan(
         problem=problem,
         num_queries=segments.num_queries,
         block_size=segments.block_size,
-        min_num_blocks=highest_block + 1,
+        min_num_blocks=_min_num_blocks(segments),
         segments=segments,
         work=_work(chosen, problem, source, segments, temperature, log_weight, reserve),
     )
+
+
+def _checked(
+    source: ForestArrays | NodeSets,
+    temperature: FloatArray | None,
+    log_weight: FloatArray | None,
+    num_blocks: int | None,
+) -> Segments:
+    segments = segments_of(source, temperature, log_weight)
+    needed = _min_num_blocks(segments)
+    if num_blocks is not None and needed > num_blocks:
+        raise InvalidForest(
+            f"blocks has the id {needed - 1}, expected ids from 0 to below {num_blocks}"
+        )
+    return segments
+
+
+def _min_num_blocks(segments: Segments) -> int:
+    return int(segments.blocks.max()) + 1
 
 
 def _work(
@@ -201,10 +272,10 @@ def _work(
     log_weight: FloatArray | None,
     reserve: int,
 ) -> Work:
-    if reserve and backend != "triton":
-        raise PlanMismatch(f"reserve is {reserve}, expected 0 for the backend {backend!r}")
     match backend:
         case "reference":
+            if reserve:
+                raise PlanMismatch(f"reserve is {reserve}, expected 0 for the backend {backend!r}")
             return ReferenceWork(problem, segments, source, temperature, log_weight)
         case "triton":
             # Planning for torch needs no Triton.
@@ -212,4 +283,4 @@ def _work(
 
             return TritonWork(problem, segments, reserve)
         case _:
-            return TorchWork(problem, segments)
+            return TorchWork(problem, segments, reserve)

@@ -31,10 +31,7 @@ class ReferenceWork:
         log_weight: FloatArray | None,
     ) -> None:
         self.problem = problem
-        self.segments = segments
-        self.source = source
-        self.temperature = temperature
-        self.log_weight = log_weight
+        self.update(segments, source, temperature, log_weight)
 
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
@@ -62,6 +59,19 @@ class ReferenceWork:
             kv_tokens_loaded=tokens_per_path(self.problem, self.segments),
             partials=0,
         )
+
+    def update(
+        self,
+        segments: Segments,
+        source: ForestArrays | NodeSets,
+        temperature: FloatArray | None,
+        log_weight: FloatArray | None,
+    ) -> None:
+        """Attend to another source."""
+        self.segments = segments
+        self.source = source
+        self.temperature = temperature
+        self.log_weight = log_weight
 
     def advance(self, slots: npt.NDArray[Any]) -> None:
         """Raise PlanExhausted: this backend reserves no room."""

@@ -30,8 +30,16 @@ class TorchWork:
         Raises PlanMismatch where reserve is not 0 and a sequence has not one query in one place.
         """
         self.problem = problem
+        self._reserve = reserve
+        self.update(segments)
+
+    def update(self, segments: Segments, *_: object) -> None:
+        """Plan the work on other segments.
+
+        Raises PlanMismatch as when the work was made, which is left as it was.
+        """
+        self._tail = Tail(self.problem, segments, self._reserve)
         self._segments = segments
-        self._tail = Tail(problem, segments, reserve)
         self._plan(segments)
 
     def _plan(self, segments: Segments) -> None:

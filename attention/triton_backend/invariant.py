@@ -33,7 +33,7 @@ def make_invariant_plan(problem: Problem, segments: Segments, shape: Shape) -> U
     O((R + chunks) log M), with a Python loop over the segments of a path within one step only.
     """
     block_n = shape.block_n
-    rows = lean_tiles(segments, None, None, shape.lean_rows, shape.programs)
+    rows = lean_tiles(segments, shape.lean_rows, shape.programs)
     nested, several = is_nested(segments), len(segments.query) > segments.num_queries
     if several:
         # The partials of a query's rows stand side by side, so all rows of a tile have as many.

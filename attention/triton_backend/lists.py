@@ -13,7 +13,7 @@ from attention.forest import Int64Array
 from attention.problem import Problem
 from attention.ranges import expand, extremes
 from attention.segments import Segments
-from attention.triton_backend.tiling import BoolArray, Tiling, is_nested
+from attention.triton_backend.tiling import BoolArray, Tiling, Tilings, is_nested
 
 MAX_LOG2_WIDTH = 6
 # Entries are narrow enough that a piece has about as many, so that few lanes are empty.
@@ -55,6 +55,12 @@ class TileLists(NamedTuple):
     log2_width: Int64Array
     num_entries: int
 
+    def behind(self, num_tiles: int) -> "TileLists":
+        """What the tiles behind the first `num_tiles` read."""
+        begin, mid, end, width, num_entries = self
+        of = slice(num_tiles, None)
+        return TileLists(begin[of], mid[of], end[of], width[of], num_entries)
+
 
 def is_all_seen(problem: Problem, segments: Segments) -> bool:
     """Whether every row sees all tokens of its segments."""
@@ -69,76 +75,95 @@ def is_all_seen(problem: Problem, segments: Segments) -> bool:
 def tile_lists(
     problem: Problem,
     segments: Segments,
-    chosen: Int64Array,
-    tiling: Tiling,
+    tilings: Tilings,
     *,
     all_seen: bool,
     reserve: int,
-    growing: bool,
 ) -> tuple[Pieces, TileLists]:
-    """The lists in which tiles read the chosen segments, ascending.
+    """The lists in which tiles read segments, pieces by list.
 
     Args:
         all_seen: see `is_all_seen`.
-        reserve: how far the rows may advance.
-        growing: the tiles read the tokens to come; as many entries are kept free for each row.
+        reserve: how far the rows may advance; behind the lists of lean tiles, as many entries are
+            kept free for each row.
 
     O(M + overlaps of tiles and segments).
     """
-    row_begin, row_end = segments.row_begin[chosen], segments.row_end[chosen]
+    tiling, num_fat, fat = tilings
+    row_begin, row_end = segments.row_begin, segments.row_end
+    # Fat tiles have the rows, lean tiles have them once more behind those.
+    first_row, last_row = row_begin, row_end - 1
+    if fat is not None:
+        once_more = ~fat * len(segments.position)
+        first_row, last_row = first_row + once_more, last_row + once_more
     tile_of_row = np.repeat(np.arange(len(tiling.begin)), tiling.end - tiling.begin)
-    first, last = tile_of_row[row_begin], tile_of_row[row_end - 1]
-    list_of_tile = _shared_lists(first, last, len(tiling.begin), problem)
-    new = np.append(True, list_of_tile[1:] != list_of_tile[:-1])
-    begin = tiling.begin[new]
-    rows = Tiling(begin, np.append(begin[1:], tiling.end[-1]))
-    num_lists = len(begin)
+    first, last = tile_of_row.take(first_row), tile_of_row.take(last_row)
+    list_of_tile, rows = _shared_lists(first, last, tilings, problem)
+    num_lists = len(rows.begin)
 
-    of, segment = list_of_tile[first], chosen
-    count = list_of_tile[last] - of + 1
-    if (count > 1).any():
-        index, ordinal = expand(count)
-        of, segment = of[index] + ordinal, chosen[index]
-        row_begin, row_end = row_begin[index], row_end[index]
-    whole = _Parts(
-        of,
-        segment,
-        np.zeros_like(of),
-        segments.length[segment],
-        (row_begin <= rows.begin[of]) & (row_end >= rows.end[of]),
-    )
-    parts = whole if all_seen else _visible(problem, segments, whole, rows, reserve)
-    parts = parts.take(np.argsort(parts.list * 2 + ~parts.full, kind="stable"))
+    of, segment = list_of_tile.take(first), np.arange(len(first))
+    count = list_of_tile.take(last) - of + 1
+    if count.max() > 1:
+        segment, ordinal = expand(count)
+        of = of.take(segment) + ordinal
+        row_begin, row_end = row_begin.take(segment), row_end.take(segment)
+    full = (row_begin <= rows.begin.take(of)) & (row_end >= rows.end.take(of))
+    # The pieces that all rows of a list read come first, positions ascending.
+    if all_seen:
+        order = _sorted(of, ~full, num_lists)
+        of, segment = of.take(order), segment.take(order)
+        begin, length = np.zeros_like(of), segments.length.take(segment)
+        parts = _Parts(of, segment, begin, length, full.take(order))
+    else:
+        whole = np.zeros_like(of), segments.length.take(segment)
+        parts = _visible(problem, segments, _Parts(of, segment, *whole, full), rows, reserve)
+        parts = parts.take(_sorted(parts.list, ~parts.full, num_lists))
 
     count = np.bincount(parts.list, minlength=num_lists)
     log2_width = _log2_width(parts, count, segments.block_size)
-    shift = log2_width[parts.list]
+    shift = log2_width.take(parts.list)
     entries = _entries(_inside(segments, parts, shift), parts.length, shift)
-    spare = np.cumsum((rows.end - rows.begin) * (reserve if growing else 0))
-    before_list = np.append(0, spare[:-1])
-    entry = np.cumsum(entries) - entries + before_list[parts.list]
+    entries_before = np.zeros(len(entries) + 1, np.int64)
+    entries.cumsum(out=entries_before[1:])
+    entry = entries_before[:-1]
+    behind = count.cumsum()
+    list_end = entries_before.take(behind)
+    list_begin = entries_before.take(behind - count)
+    num_full = np.bincount(parts.list[parts.full], minlength=num_lists)
+    list_mid = entries_before.take(behind - count + num_full)
+    num_entries = int(entries_before[-1])
+    if reserve:
+        spare = (rows.end - rows.begin) * reserve
+        spare[: list_of_tile[num_fat - 1] + 1 if num_fat else 0] = 0
+        before = spare.cumsum() - spare
+        entry = entry + before[parts.list]
+        list_begin, list_mid, list_end = (x + before for x in (list_begin, list_mid, list_end))
+        num_entries += int(spare.sum())
     pieces = Pieces(
         segment=parts.segment,
         begin=parts.begin,
         length=parts.length,
-        row_begin=segments.row_begin[parts.segment],
-        row_end=segments.row_end[parts.segment],
+        row_begin=segments.row_begin.take(parts.segment),
+        row_end=segments.row_end.take(parts.segment),
         log2_width=shift,
         entry=entry,
         entries=entries,
     )
 
-    of_list = _sums(parts.list, entries, num_lists)
-    list_begin = np.cumsum(of_list) - of_list + before_list
+    begin, width = list_begin.take(list_of_tile), log2_width.take(list_of_tile)
     if all_seen or problem.window is not None:
-        by_all, by_any = _sums(parts.list, entries * parts.full, num_lists), of_list
-        by_all, by_any = by_all[list_of_tile], by_any[list_of_tile]
+        mid, end = list_mid.take(list_of_tile), list_end.take(list_of_tile)
     else:
-        by_all, by_any = _seen_entries(segments, tiling, list_of_tile, parts, pieces, count)
-    begin = list_begin[list_of_tile]
-    num_entries = int(of_list.sum() + spare[-1])
-    width = log2_width[list_of_tile]
-    return pieces, TileLists(begin, begin + by_all, begin + by_any, width, num_entries)
+        by_all, by_any = _seen_entries(segments, tilings, list_of_tile, parts, pieces, count)
+        mid, end = begin + by_all, begin + by_any
+    return pieces, TileLists(begin, mid, end, width, num_entries)
+
+
+def _sorted(of: Int64Array, behind: BoolArray, num_lists: int) -> Int64Array:
+    """Stable order by list, in each list those marked as behind after the others."""
+    key = of * 2 + behind
+    # Keys of 16 bits are sorted by radix.
+    return (key.astype(np.uint16) if 2 * num_lists <= 1 << 16 else key).argsort(kind="stable")
 
 
 class _Parts(NamedTuple):
@@ -161,18 +186,23 @@ class _Parts(NamedTuple):
 
 
 def _shared_lists(
-    first: Int64Array, last: Int64Array, num_tiles: int, problem: Problem
-) -> Int64Array:
-    """List of each tile: its predecessor's if no segment begins or ends between them.
+    first: Int64Array, last: Int64Array, tilings: Tilings, problem: Problem
+) -> tuple[Int64Array, Tiling]:
+    """List of each tile, its predecessor's if no segment begins or ends between them; their rows.
 
     Tiles do not share lists under a window, as each of them would skip another part.
     """
+    tiling, num_tiles = tilings.tiles, len(tilings.tiles.begin)
     if problem.window is not None:
-        return np.arange(num_tiles)
-    new = np.zeros(num_tiles + 1, np.int64)
-    new[first] = new[last + 1] = 1
-    new[0] = 0
-    return np.cumsum(new[:-1])
+        return np.arange(num_tiles), tiling
+    new = np.zeros(num_tiles + 1, np.bool_)
+    new[first] = new[last + 1] = True
+    new[0] = new[tilings.num_fat] = new[num_tiles] = True
+    (borders,) = new.nonzero()
+    if len(borders) > num_tiles:
+        return np.arange(num_tiles), tiling
+    rows = Tiling(tiling.begin.take(borders[:-1]), tiling.end.take(borders[1:] - 1))
+    return new[:-1].cumsum() - 1, rows
 
 
 def _visible(
@@ -221,7 +251,8 @@ def _log2_width(parts: _Parts, count: Int64Array, block_size: int) -> Int64Array
 
 def _inside(segments: Segments, parts: _Parts | Pieces, shift: Int64Array) -> Int64Array:
     """How far behind a multiple of the width each part begins."""
-    inside: Int64Array = (segments.offset[parts.segment] + parts.begin) & ((1 << shift) - 1)
+    begin = segments.offset.take(parts.segment) + parts.begin
+    inside: Int64Array = begin & ((1 << shift) - 1)
     return inside
 
 
@@ -233,7 +264,7 @@ def _entries(inside: Int64Array, length: Int64Array, shift: Int64Array) -> Int64
 
 def _seen_entries(
     segments: Segments,
-    tiling: Tiling,
+    tilings: Tilings,
     list_of_tile: Int64Array,
     parts: _Parts,
     pieces: Pieces,
@@ -243,8 +274,11 @@ def _seen_entries(
 
     The pieces that all rows of the list read come first, positions ascending.
     """
-    low = np.minimum.reduceat(segments.position, tiling.begin)
-    high = np.maximum.reduceat(segments.position, tiling.begin)
+    begin, num_fat = tilings.tiles.begin, tilings.num_fat
+    low, high = (
+        np.concatenate([of.reduceat(segments.position, b) for b in _kinds(begin, num_fat)])
+        for of in (np.minimum, np.maximum)
+    )
     tile, ordinal = expand(count[list_of_tile])
     piece = (np.cumsum(count) - count)[list_of_tile][tile] + ordinal
     length, entries, shift = (c[piece] for c in (pieces.length, pieces.entries, pieces.log2_width))
@@ -254,11 +288,15 @@ def _seen_entries(
     by_all = np.clip(low[tile] + 1 - start, 0, length)
     whole = np.where(by_all == length, entries, inside + by_all >> shift)
     some = _entries(inside, np.clip(high[tile] + 1 - start, 0, length), shift)
-    num_tiles = len(tiling.begin)
+    num_tiles = len(begin)
     return (
         _sums(tile, whole * full, num_tiles),
         _sums(tile, np.where(full, some, entries), num_tiles),
     )
+
+
+def _kinds(begin: Int64Array, num_fat: int) -> list[Int64Array]:
+    return [kind for kind in (begin[:num_fat], begin[num_fat:]) if len(kind)]
 
 
 def _sums(index: Int64Array, values: Int64Array, size: int) -> Int64Array:

@@ -11,7 +11,7 @@ from attention.segments import Segments
 from attention.triton_backend.cost import Costs
 from attention.triton_backend.lists import Pieces, TileLists, is_all_seen, tile_lists
 from attention.triton_backend.tails import Tails, place_tails, with_tails
-from attention.triton_backend.tiling import Tiling, fat_tiles, lean_tiles, read_apart
+from attention.triton_backend.tiling import Tiling, make_tilings
 
 # Lists are cut for balance into parts of no fewer lanes; all but the last are whole steps long.
 MIN_LANES = 256
@@ -45,6 +45,10 @@ class UnitColumns(NamedTuple):
     entry_end: Int64Array
     log2_width: Int64Array
     ordinal: Int64Array
+
+    def part(self, begin: int, end: int) -> "UnitColumns":
+        """The units from `begin` to before `end`."""
+        return UnitColumns(*(column[begin:end] for column in self))
 
 
 class MergeColumns(NamedTuple):
@@ -90,112 +94,109 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
     all_seen = is_all_seen(problem, segments)
     if reserve:
         segments = with_tails(segments)
-    kinds: dict[int, _Tiled] = {}
-    apart = read_apart(segments, shape.lean_rows, shape.fat_rows, shape.costs, all_lean=reserve > 0)
-    fat, chosen = None, np.arange(len(segments.length))
-    if apart is not None:
-        fat, chosen = fat_tiles(segments, apart, shape.fat_rows), (~apart.segments).nonzero()[0]
-        lists = tile_lists(
-            problem,
+    tilings = make_tilings(
+        segments,
+        shape.lean_rows,
+        shape.fat_rows,
+        shape.programs,
+        shape.costs,
+        all_lean=reserve > 0,
+    )
+    pieces, lists = tile_lists(problem, segments, tilings, all_seen=all_seen, reserve=reserve)
+    tiles, num_fat = tilings.tiles, tilings.num_fat
+    kinds = {shape.fat_rows: slice(0, num_fat), shape.lean_rows: slice(num_fat, len(tiles.begin))}
+    kinds = {rows: of for rows, of in kinds.items() if of.start < of.stop}
+    parts, step = _cut_lists(lists, list(kinds.values()), shape.programs)
+    if reserve:
+        lean_parts = parts[num_fat:]  # they read what is to come
+        np.maximum(lean_parts, 1, out=lean_parts)
+    partials = np.repeat(parts, tiles.end - tiles.begin).reshape(len(kinds), -1)
+    # What is higher on the path comes first: all rows of a tile have as many units above it.
+    above = np.zeros_like(parts)
+    if len(kinds) > 1:
+        above[num_fat:] = partials[0].take(tiles.begin[num_fat:])
+    units, order = _units(tiles, lists, parts, step, above, num_fat)
+    partial, merges, num_partials = _merges(segments, partials.sum(axis=0))
+    units_before = np.append(0, parts.cumsum())
+    tails = None
+    if reserve:
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        tails = place_tails(
             segments,
-            apart.segments.nonzero()[0],
-            fat,
-            all_seen=all_seen,
-            reserve=reserve,
-            growing=False,
+            pieces,
+            Tiling(tiles.begin[num_fat:], tiles.end[num_fat:]),
+            lists.behind(num_fat),
+            place[units_before[num_fat + 1 :] - 1] - units_before[num_fat],
         )
-        kinds[shape.fat_rows] = _tiled(fat, *lists, shape.programs, fewest=0)
-    if len(chosen):
-        lean = lean_tiles(segments, apart, fat, shape.lean_rows, shape.programs)
-        lists = tile_lists(
-            problem, segments, chosen, lean, all_seen=all_seen, reserve=reserve, growing=True
-        )
-        kinds[shape.lean_rows] = _tiled(lean, *lists, shape.programs, fewest=min(reserve, 1))
-
-    partials = np.zeros(len(segments.position), np.int64)
-    units, pieces, num_entries, tails = {}, [], 0, None
-    for rows_per_tile, kind in kinds.items():
-        # What is higher on the path comes first: all rows of a tile have as many units above it.
-        kind = kind.behind(num_entries)
-        units[rows_per_tile], order = _units(kind, partials[kind.rows.begin])
-        partials += np.repeat(kind.parts, kind.rows.end - kind.rows.begin)
-        num_entries = kind.lists.num_entries
-        pieces.append(kind.pieces)
-        if reserve and rows_per_tile == shape.lean_rows:
-            last_unit = np.argsort(order)[np.cumsum(kind.parts) - 1]
-            tails = place_tails(segments, kind.pieces, kind.rows, kind.lists, last_unit)
-    partial, merges, num_partials = _merges(segments, partials)
     return UnitPlan(
         segments=segments,
         partial=partial,
-        pieces=Pieces(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
-        if len(pieces) > 1
-        else pieces[0],
-        num_entries=num_entries,
-        units=units,
+        pieces=pieces,
+        num_entries=lists.num_entries,
+        units={
+            rows: units.part(units_before[of.start], units_before[of.stop])
+            for rows, of in kinds.items()
+        },
         merges=merges,
         num_partials=num_partials,
         tails=tails,
     )
 
 
-class _Tiled(NamedTuple):
-    """Tiles of one kind; `parts`: units of each, `step`: entries of all but the last of them."""
+def _cut_lists(
+    lists: TileLists, kinds: list[slice], programs: int
+) -> tuple[Int64Array, Int64Array]:
+    """Cut lists that are much longer than what a program has to do on average.
 
-    rows: Tiling
-    pieces: Pieces
-    lists: TileLists
-    parts: Int64Array
-    step: Int64Array
-
-    def behind(self, num_entries: int) -> "_Tiled":
-        """The same with entries that begin at `num_entries`."""
-        if not num_entries:
-            return self
-        lists = self.lists
-        return self._replace(
-            pieces=self.pieces._replace(entry=self.pieces.entry + num_entries),
-            lists=TileLists(
-                lists.begin + num_entries,
-                lists.mid + num_entries,
-                lists.end + num_entries,
-                lists.log2_width,
-                lists.num_entries + num_entries,
-            ),
-        )
-
-
-def _tiled(rows: Tiling, pieces: Pieces, lists: TileLists, programs: int, fewest: int) -> _Tiled:
-    """Cut lists that are much longer than what a program has to do on average."""
+    Returns parts of each tile's list, and entries of all but the last of them.
+    """
     entries = lists.end - lists.begin
     lanes = entries << lists.log2_width
-    target = max(MIN_LANES, -(-int(lanes.sum()) // programs))
-    step = np.maximum(entries, 1)
-    if 2 * lanes.max() >= 3 * target:
-        whole = np.maximum(LANE_STEP >> lists.log2_width, 1)
-        parts = np.maximum((lanes + target // 2) // target, 1)
-        step = -(-step // (parts * whole)) * whole
-    return _Tiled(rows, pieces, lists, np.maximum(-(-entries // step), fewest), step)
+    parts, step = np.minimum(entries, 1), np.maximum(entries, 1)
+    for of in kinds:
+        target = max(MIN_LANES, -(-int(lanes[of].sum()) // programs))
+        if 2 * lanes[of].max() >= 3 * target:
+            whole = np.maximum(LANE_STEP >> lists.log2_width[of], 1)
+            wanted = np.maximum((lanes[of] + target // 2) // target, 1)
+            step[of] = -(-step[of] // (wanted * whole)) * whole
+            parts[of] = -(-entries[of] // step[of])
+    return parts, step
 
 
-def _units(kind: _Tiled, above: Int64Array) -> tuple[UnitColumns, Int64Array]:
-    """The units of tiles with `above` partials before theirs; and their order, by tile before."""
-    lists = kind.lists
-    tile, ordinal = expand(kind.parts)
-    begin = lists.begin[tile] + ordinal * kind.step[tile]
-    end = np.minimum(begin + kind.step[tile], lists.end[tile])
-    mid = np.clip(lists.mid[tile], begin, end)
-    width = lists.log2_width[tile]
-    order = np.argsort(begin - end << width, kind="stable")
-    tile = tile[order]
+def _units(
+    tiles: Tiling,
+    lists: TileLists,
+    parts: Int64Array,
+    step: Int64Array,
+    above: Int64Array,
+    num_fat: int,
+) -> tuple[UnitColumns, Int64Array]:
+    """The units of fat and behind them of lean tiles, and their order by tile before.
+
+    Args:
+        above: partials before theirs.
+    """
+    tile, ordinal = expand(parts)
+    begin, end = lists.begin.take(tile), lists.end.take(tile)
+    if len(tile) > np.count_nonzero(parts):  # some list is cut
+        begin += ordinal * step.take(tile)
+        end = np.minimum(begin + step.take(tile), end)
+    mid = np.minimum(np.maximum(lists.mid.take(tile), begin), end)
+    width = lists.log2_width.take(tile)
+    shortness = begin - end << width
+    if num_fat:
+        shortness[parts[:num_fat].sum() :] += 1 - shortness.min(initial=0)
+    order = shortness.argsort(kind="stable")
+    tile = tile.take(order)
     units = UnitColumns(
-        row_begin=kind.rows.begin[tile],
-        row_end=kind.rows.end[tile],
-        entry_begin=begin[order],
-        entry_mid=mid[order],
-        entry_end=end[order],
-        log2_width=width[order],
-        ordinal=above[tile] + ordinal[order],
+        row_begin=tiles.begin.take(tile),
+        row_end=tiles.end.take(tile),
+        entry_begin=begin.take(order),
+        entry_mid=mid.take(order),
+        entry_end=end.take(order),
+        log2_width=width.take(order),
+        ordinal=above.take(tile) + ordinal.take(order),
     )
     return units, order
 

@@ -36,22 +36,129 @@ class Tiling(NamedTuple):
     end: Int64Array
 
 
+class Tilings(NamedTuple):
+    """Fat tiles, of all rows or none, and behind them lean tiles, of all rows or none.
+
+    Attributes:
+        tiles: of both kinds.
+        num_fat: how many of them are fat.
+        fat: bool [M], segments that fat tiles read; lean ones read the others. None: no segment.
+    """
+
+    tiles: Tiling
+    num_fat: int
+    fat: BoolArray | None
+
+
 class Apart(NamedTuple):
     """What fat tiles read.
 
     Attributes:
         segments: bool [M].
-        rows: bool [R], rows of trees in which there are such segments.
+        rows: bool [R], rows of trees in which there are such segments; None for all.
         tree_begin: int64, first row of each tree.
     """
 
     segments: BoolArray
-    rows: BoolArray
+    rows: BoolArray | None
     tree_begin: Int64Array
 
 
-def read_apart(
-    segments: Segments, lean_rows: int, fat_rows: int, costs: Costs, *, all_lean: bool
+class Ranges(NamedTuple):
+    """Ranges of rows, counted at the borders 0 to R.
+
+    Attributes:
+        starts: int64 [R + 1], ranges that begin at each border.
+        depth: int64 [R + 1], ranges that the row behind each border lies in.
+    """
+
+    starts: Int64Array
+    depth: Int64Array
+
+    @property
+    def inside(self) -> BoolArray:
+        """Which borders lie inside some range."""
+        inside: BoolArray = self.depth > self.starts
+        return inside
+
+    @property
+    def covered(self) -> BoolArray:
+        """Which rows lie in some range."""
+        covered: BoolArray = self.depth[:-1] > 0
+        return covered
+
+
+def make_tilings(
+    segments: Segments,
+    lean_rows: int,
+    fat_rows: int,
+    programs: int,
+    costs: Costs,
+    *,
+    all_lean: bool,
+) -> Tilings:
+    """The tiles that read segments.
+
+    Args:
+        lean_rows, fat_rows: most rows of the two kinds.
+        programs: units that run at once.
+        all_lean: every row has a lean tile in any case.
+    """
+    above = tokens_above(segments)
+    large = segments.row_end - segments.row_begin > lean_rows
+    if fat_rows <= lean_rows or not np.count_nonzero(large):
+        return Tilings(lean_tiles(segments, lean_rows, programs), 0, None)
+    (small,) = (~large).nonzero()
+    lean = _ranges(segments, small)
+    apart = _read_apart(segments, large, lean, lean_rows, fat_rows, costs, all_lean=all_lean)
+    if apart is None:
+        return Tilings(lean_tiles(segments, lean_rows, programs), 0, None)
+    if apart.rows is not None:
+        (small,) = (~apart.segments).nonzero()
+        lean = _ranges(segments, small)
+    fat = _fat_tiles(segments, apart, above, lean, fat_rows)
+    if not len(small):
+        return Tilings(fat, len(fat.begin), apart.segments)
+    # Fat tiles read what lies above these, where there is something to be read apart.
+    begin, end, length = (
+        column.take(small) for column in (segments.row_begin, segments.row_end, segments.length)
+    )
+    above = np.zeros_like(begin)
+    if apart.rows is not None:
+        above = np.where(apart.rows.take(begin), 0, tokens_above(segments).take(small))
+    tiled = lean.covered
+    borders = _changes(tiled)
+    borders[fat.begin] = True
+    tiles = _lean_tiles(begin, end, length, above, lean, borders, tiled, lean_rows, programs)
+    both = Tiling(np.concatenate((fat.begin, tiles.begin)), np.concatenate((fat.end, tiles.end)))
+    return Tilings(both, len(fat.begin), apart.segments)
+
+
+def lean_tiles(segments: Segments, rows_per_tile: int, programs: int) -> Tiling:
+    """Lean tiles that read all segments."""
+    tiled = np.ones(len(segments.position), np.bool_)
+    return _lean_tiles(
+        segments.row_begin,
+        segments.row_end,
+        segments.length,
+        tokens_above(segments),
+        None,
+        _changes(tiled),
+        tiled,
+        rows_per_tile,
+        programs,
+    )
+
+
+def _read_apart(
+    segments: Segments,
+    shared: BoolArray,
+    lean: Ranges,
+    lean_rows: int,
+    fat_rows: int,
+    costs: Costs,
+    *,
+    all_lean: bool,
 ) -> Apart | None:
     """Which segments are read by fat tiles, the others by lean ones; None: all by lean ones.
 
@@ -59,100 +166,111 @@ def read_apart(
     segments of both kinds have two partial results instead of one.
 
     Args:
-        all_lean: every row has a lean tile in any case.
+        shared: bool [M], segments of more rows than a lean tile has.
+        lean: those of the other segments.
     """
-    size = segments.row_end - segments.row_begin
-    shared = size > lean_rows
     (large,) = shared.nonzero()
-    if fat_rows <= lean_rows or not len(large):
+    begin, length = segments.row_begin.take(large), segments.length.take(large)
+    size = segments.row_end.take(large) - begin
+    lean_reads = (size + (lean_rows - 1)) // lean_rows
+    fewer = length * (lean_reads - (size + (fat_rows - 1)) // fat_rows)
+    if fewer.sum() * costs.reload < 2 * costs.launch:  # of fat tiles, and of the merge
         return None
     root = _roots(segments)
-    tree_begin = segments.row_begin[root]
-    tree_size = segments.row_end[root] - tree_begin
-    tree = np.searchsorted(tree_begin, segments.row_begin[large], side="right") - 1
-    length, size = segments.length[large], size[large]
-    lean_reads, fat_reads = -(-size // lean_rows), -(-size // fat_rows)
     trees = len(root)
+    tree_begin = segments.row_begin.take(root)
+    tree_size = segments.row_end.take(root) - tree_begin
+    tree = np.searchsorted(tree_begin, begin, side="right") - 1
     # The first reading of a segment is from memory, the others are from a cache.
     alone = np.add.reduceat(segments.length, root) * costs.load
     alone += np.bincount(tree, length * (lean_reads - 1), trees) * costs.reload
-    saved = np.bincount(tree, length * (lean_reads - fat_reads), trees) * costs.reload
+    saved = np.bincount(tree, fewer, trees) * costs.reload
     both = tree_size
     if not all_lean:
-        lean = _covered(
-            segments.row_begin[~shared], segments.row_end[~shared], int(tree_size.sum())
-        )
-        both = np.add.reduceat(lean, tree_begin, dtype=np.int64)
+        both = np.add.reduceat(lean.covered, tree_begin, dtype=np.int64)
     # Without a shared segment, a tree saves nothing and has nothing of both kinds.
     saved -= both * 2 * costs.partial
     pays = (saved >= (1 - WORTHWHILE) * alone) & (np.bincount(tree, minlength=trees) > 0)
-    if not pays.any() or saved[pays].sum() < 2 * costs.launch:  # of fat tiles, and of the merge
+    if not pays.any() or saved[pays].sum() < 2 * costs.launch:
         return None
     if pays.all():
-        return Apart(shared, np.ones(len(segments.position), np.bool_), tree_begin)
+        return Apart(shared, None, tree_begin)
+    shared = shared.copy()
     shared[large[~pays[tree]]] = False
     return Apart(shared, np.repeat(pays, tree_size), tree_begin)
 
 
-def fat_tiles(segments: Segments, apart: Apart, rows_per_tile: int) -> Tiling:
+def _fat_tiles(
+    segments: Segments, apart: Apart, above: Int64Array, lean: Ranges, rows_per_tile: int
+) -> Tiling:
     """Tiles of the rows of segments that are read apart; what lies between them is one tile each.
 
     No tile reaches over two trees, nor ends inside a segment that is left to lean tiles.
     """
-    borders = _changes(apart.rows)
-    borders[apart.tree_begin] |= apart.rows[apart.tree_begin]
+    num_rows = len(segments.position)
+    if apart.rows is None:
+        tiled = np.ones(num_rows, np.bool_)
+        borders = _changes(tiled)
+        borders[apart.tree_begin] = True
+    else:
+        tiled = apart.rows
+        borders = _changes(tiled)
+        borders[apart.tree_begin] |= tiled[apart.tree_begin]
     (chosen,) = apart.segments.nonzero()
-    begin, end = segments.row_begin[chosen], segments.row_end[chosen]
-    together = segments.length[chosen] > tokens_above(segments)[chosen]
+    begin, end = segments.row_begin.take(chosen), segments.row_end.take(chosen)
+    together = segments.length.take(chosen) > above.take(chosen)
     small = end - begin <= rows_per_tile
     (big,) = (together & ~small).nonzero()
     borders[begin[big]] = borders[end[big]] = True
-    kept = ~apart.segments
-    kept[chosen[together & small]] = True
     # What the rows of trees without fat tiles keep together is no concern of these.
-    blocked = _inside(segments.row_begin[kept], segments.row_end[kept], len(apart.rows))
-    return _cut(borders, apart.rows, rows_per_tile, blocked)
+    blocked = lean.inside
+    (kept,) = (together & small).nonzero()
+    if len(kept):
+        blocked |= _ranges(segments, chosen[kept]).inside
+    return _cut(borders, tiled, rows_per_tile, blocked)
 
 
-def lean_tiles(
-    segments: Segments,
-    apart: Apart | None,
-    within: Tiling | None,
+def _lean_tiles(
+    begin: Int64Array,
+    end: Int64Array,
+    length: Int64Array,
+    above: Int64Array,
+    ranges: Ranges | None,
+    borders: BoolArray,
+    tiled: BoolArray,
     rows_per_tile: int,
     programs: int,
 ) -> Tiling:
-    """Tiles of the rows of all segments that are not read apart, each inside a tile of `within`.
+    """Tiles that read segments: their rows, tokens, and tokens above each.
 
     Rows with much KV of their own have tiles of their own, as there is nothing to share; the others
     fill tiles, so that the lists are not too short, as long as there are tiles for all `programs`.
+
+    Args:
+        ranges: those of the segments, where they are known.
+        borders: which borders are borders of tiles in any case.
+        tiled: rows that need tiles.
     """
-    begin, end, length = segments.row_begin, segments.row_end, segments.length
-    num_rows = len(segments.position)
-    above = tokens_above(segments)
-    if apart is None or within is None:
-        tiled = np.ones(num_rows, np.bool_)
-        borders = _changes(tiled)
-    else:
-        (lean,) = (~apart.segments).nonzero()
-        begin, end, length, above = begin[lean], end[lean], length[lean], above[lean]
-        above = np.where(apart.rows[begin], 0, above)
-        tiled = _covered(begin, end, num_rows)
-        borders = _changes(tiled)
-        borders[within.begin] = True
+    num_rows = len(tiled)
     together = length > above
     small = end - begin <= rows_per_tile
     (big,) = (together & ~small).nonzero()
-    borders[begin[big]] = borders[end[big]] = True
+    if len(big):
+        borders[begin[big]] = borders[end[big]] = True
     together &= small
-    blocked = _inside(begin[together], end[together], num_rows)
+    if ranges is None or np.count_nonzero(together) < len(together):
+        ranges = _ranges_of(begin[together], end[together], num_rows)
+    blocked = ranges.inside
 
     own = np.zeros(num_rows + 1, np.int64)
     own[1:] = np.bincount(begin, length, num_rows).cumsum()
-    tokens = own[end] - own[begin]
+    tokens = own.take(end) - own.take(begin)
     few = min(TILE_TOKENS, int(own[-1]) // (4 * programs)) // rows_per_tile
     (alone,) = (small & (tokens > few) & (tokens > (LITTLE_SHARED + 1) * above)).nonzero()
-    for border in (begin[alone], end[alone]):
-        borders[border] |= ~blocked[border]
+    if len(alone):
+        possible = np.zeros(num_rows + 1, np.bool_)
+        possible[begin.take(alone)] = possible[end.take(alone)] = True
+        borders |= possible & ~blocked
     return _cut(borders, tiled, rows_per_tile, blocked)
 
 
@@ -180,13 +298,13 @@ def _cut(is_border: BoolArray, tiled: BoolArray, rows_per_tile: int, blocked: Bo
     Between two places that are not blocked lie at most rows_per_tile rows.
     """
     (borders,) = is_border.nonzero()
-    most = np.where(tiled[borders[:-1]], rows_per_tile, len(tiled))
-    size = borders[1:] - borders[:-1]
     begin = borders[:-1]
-    if (size > most).any():
+    size = borders[1:] - begin
+    if size.max() > rows_per_tile:
+        most = np.where(tiled.take(begin), rows_per_tile, len(tiled))
         pieces = cut(size, most)
         begin = begin[pieces.source] + pieces.begin
-        if blocked[begin].any():
+        if blocked.take(begin).any():
             begin = _fill(borders, most, blocked)
     end = np.empty_like(begin)
     end[:-1], end[-1] = begin[1:], len(tiled)
@@ -212,20 +330,15 @@ def _fill(borders: Int64Array, most: Int64Array, blocked: BoolArray) -> Int64Arr
     return begins
 
 
-def _inside(begin: Int64Array, end: Int64Array, num_rows: int) -> BoolArray:
-    """Which of the borders 0 to num_rows lie inside some range."""
-    change = np.bincount(begin + 1, minlength=num_rows + 2)
-    change -= np.bincount(end, minlength=num_rows + 2)
-    inside: BoolArray = change[:-1].cumsum() > 0
-    return inside
+def _ranges(segments: Segments, chosen: Int64Array) -> Ranges:
+    begin, end = segments.row_begin.take(chosen), segments.row_end.take(chosen)
+    return _ranges_of(begin, end, len(segments.position))
 
 
-def _covered(begin: Int64Array, end: Int64Array, num_rows: int) -> BoolArray:
-    """Which rows lie in some range."""
-    change = np.bincount(begin, minlength=num_rows + 1)
-    change -= np.bincount(end, minlength=num_rows + 1)
-    covered: BoolArray = change[:-1].cumsum() > 0
-    return covered
+def _ranges_of(begin: Int64Array, end: Int64Array, num_rows: int) -> Ranges:
+    starts = np.bincount(begin, minlength=num_rows + 1)
+    depth = starts - np.bincount(end, minlength=num_rows + 1)
+    return Ranges(starts, depth.cumsum())
 
 
 def _changes(rows: BoolArray) -> BoolArray:

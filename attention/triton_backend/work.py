@@ -95,6 +95,7 @@ class TritonWork:
         _check_reserve(problem, segments, reserve)
         self.problem = problem
         self._reserve = reserve
+        self._captured_queries: int | None = None  # the fewest that a captured run has
         self._shape = shape_of(problem) if shape is None else shape
         self._segments = segments
         self._made = plan = self._plan(segments)
@@ -107,6 +108,9 @@ class TritonWork:
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial:
         """Attention of all queries in the packed order: o in q's dtype, and lse."""
+        if _is_captured(q):
+            fewest = self._captured_queries
+            self._captured_queries = len(q) if fewest is None else min(fewest, len(q))
         return launch(self.problem, self.schedule, q, k_cache, v_cache, options)
 
     @property
@@ -156,14 +160,20 @@ class TritonWork:
             ),
         )
 
-    def update(self, segments: Segments) -> None:
+    def update(self, segments: Segments, *_: object) -> None:
         """Plan for other segments in the same tensors.
 
         Raises:
             PlanMismatch: as when the work was made.
-            PlanFull: they do not fit. The schedule is left as it was.
+            PlanFull: they do not fit, or a captured run had fewer queries. The schedule is left
+                as it was.
         """
         _check_reserve(self.problem, segments, self._reserve)
+        if self._captured_queries is not None and segments.num_queries > self._captured_queries:
+            raise PlanFull(
+                f"there are {segments.num_queries} queries, a captured run of the plan has "
+                f"{self._captured_queries}"
+            )
         # What has columns must be written.
         ones = np.ones(len(segments.length), np.float32)
         if self.schedule.entries.scale is not None and segments.temperature is None:
@@ -222,10 +232,13 @@ class TritonWork:
             values[f"{_units(kind)}.size"] = np.array([size])
         pieces = piece_columns(segments, plan.pieces)
         columns.check(dict.fromkeys(_entry_names(segments), plan.num_entries))
+        on_gpu = "pieces.entry" in columns
+        if on_gpu:
+            values |= _named("pieces", pieces) | {"blocks": segments.blocks}
+        columns.write(values)
         # No piece has the entries that batch-invariant plans leave empty between pieces.
         self.schedule.entries.length.zero_()
-        if "pieces.entry" in columns:
-            columns.write(values | _named("pieces", pieces) | {"blocks": segments.blocks})
+        if on_gpu:
             expand_on_device(
                 {
                     name: columns[f"pieces.{name}"]
@@ -239,7 +252,6 @@ class TritonWork:
                 plan.num_entries,
             )
         else:
-            columns.write(values)
             entries = expand_pieces(pieces, segments.blocks, segments.block_size)
             place, *_ = entries
             columns.patch(
@@ -319,6 +331,10 @@ def _named(prefix: str, columns: Columned) -> dict[str, Values]:
 
 def _units(rows_per_tile: int) -> str:
     return f"units of {rows_per_tile} rows"
+
+
+def _is_captured(q: torch.Tensor) -> bool:
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _with_room(size: int) -> int:

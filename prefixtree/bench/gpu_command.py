@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         from prefixtree.bench.measure import Rounds
         from prefixtree.bench.shapes import SUITES
         from prefixtree.bench.usable import UnusableInput, require_writable, write_figures
-        from prefixtree.bench.variants import variants
+        from prefixtree.bench.variants import interpretable, variants
     except ModuleNotFoundError as error:
         return _refuse(f"{error}; the benchmarks need: pip install 'prefixtree[bench]'")
     try:
@@ -122,9 +122,12 @@ def run(args: argparse.Namespace) -> int:
         limit = LIMITS_MB[device.type][args.quick] if args.limit is None else args.limit
         suites = args.shapes or list(SUITES)
         shapes = attention.chosen_shapes(suites, limit, dtype.itemsize, quick=args.quick)
+        checked = variants()
+        if device.type == "cpu" and args.backend == "triton":
+            checked = interpretable(checked)
         work = gpu.Work(
             variants=gpu.every(
-                gpu.every(variants(), 1, QUICK_VARIANTS if args.quick else 1), *args.slice
+                gpu.every(checked, 1, QUICK_VARIANTS if args.quick else 1), *args.slice
             )
             if "checks" in args.parts
             else [],

@@ -58,6 +58,23 @@ def variants() -> list[Variant]:
     return list(dict.fromkeys(_variants()))
 
 
+def interpretable(of: list[Variant]) -> list[Variant]:
+    """What Triton's interpreter computes right of variants, in their place.
+
+    It multiplies bfloat16 as bits, so float16 stands for it; and numpy rounds a product by the
+    row's place in the matrix, so nothing is claimed of equal bits in other batches.
+    """
+    return list(
+        dict.fromkeys(
+            variant._replace(
+                dtype="float16" if variant.dtype == "bfloat16" else variant.dtype,
+                batch_invariant=False,
+            )
+            for variant in of
+        )
+    )
+
+
 def _variants() -> Iterator[Variant]:
     plain = Variant()
     for dtype in DTYPES:

@@ -31,7 +31,6 @@ class Growth:
         # First slot behind the block of each row's last token, 0 where there is none.
         self._block_end = -(-tails.next_slot // segments.block_size) * segments.block_size
         self._query = segments.query
-        self._rows = np.arange(len(segments.query))
         self._position = segments.position.copy()
         self._tile, self._width, self._unit = tails.tile, tails.width, tails.unit
         self._entry, self._length = tails.entry.copy(), tails.length.copy()
@@ -73,7 +72,7 @@ class Growth:
         return [
             *changes,
             ("entries.length", self._entry, self._length),
-            ("rows.position", self._rows, self._position),
+            ("rows.position", None, self._position),
         ]
 
     def _open(self, row: Int64Array, slot: Int64Array) -> list[Change]:

@@ -92,7 +92,7 @@ class Columns:
             contents[begin:end] = _as_int32(values)
         # The allocator of pinned memory keeps the patch until it has been copied.
         on_device = patch.to(self._tensor.device, non_blocking=True)
-        self._tensor.index_copy_(0, on_device[0], on_device[1])
+        self._tensor.index_copy_(0, on_device[0].long(), on_device[1])
 
 
 def _as_int32(values: Values) -> Values:

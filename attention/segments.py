@@ -30,6 +30,8 @@ class Segments(NamedTuple):
         block_size: tokens a block holds.
         blocks: int32, block ids of all nodes.
         num_queries: queries of all sequences together.
+        on_paths: each row's segments lie behind each other from position 0 on, as in forests;
+            those of sets lie anywhere, and no two of them have a row in common.
         query: int64 [R], packed place of each row's query.
         position: int64 [R], position of each row's query.
         run_end: int64, ends of the runs of rows that are consecutive queries of one sequence.
@@ -47,6 +49,7 @@ class Segments(NamedTuple):
     block_size: int
     blocks: Int32Array
     num_queries: int
+    on_paths: bool
     query: Int64Array
     position: Int64Array
     run_end: Int64Array
@@ -100,6 +103,7 @@ def _of_forest(forest: ForestArrays) -> Segments:
         block_size=forest.block_size,
         blocks=forest.blocks,
         num_queries=len(order.packed),
+        on_paths=True,
         query=order.packed,
         position=order.position,
         run_end=order.sequence_end,
@@ -137,6 +141,7 @@ def _of_sets(sets: NodeSets) -> Segments:
         block_size=sets.block_size,
         blocks=sets.blocks,
         num_queries=sets.num_queries,
+        on_paths=False,
         query=rows + np.repeat(first_query[of] - row_begin, member_rows),
         position=rows + np.repeat(sets.query_start[of] - row_begin, member_rows),
         run_end=run_end,

@@ -79,11 +79,9 @@ def work_items(segments: Segments, window: int | None, sink_tokens: int) -> Work
         masked=np.zeros(len(begin), np.bool_),
         round=segments.round * _PARTS,
     )
-    # A query on its sequence's last token sees all before it. In sets, where a query may stand
-    # anywhere, no two segments have a row in common.
-    num_rows = len(segments.position)
-    on_paths = int((end - begin).sum()) > num_rows
-    if window is None and on_paths and num_rows == len(segments.run_end):
+    # On a path, a sequence's only query is on the last token. In sets it may stand anywhere.
+    single = len(segments.position) == len(segments.run_end)
+    if window is None and segments.on_paths and single:
         return whole
     low, high = extremes(segments.position, begin, end)
     stop = segments.start + segments.length

@@ -11,8 +11,8 @@ from attention.errors import PlanFull
 from attention.forest import Int32Array, Int64Array
 
 Values = npt.NDArray[np.integer] | npt.NDArray[np.floating]
-Change = tuple[str, Int64Array, Values]
-"""Name of a column, places in it, and their values."""
+Change = tuple[str, Int64Array | None, Values]
+"""Name of a column, places in it (None: the first ones), and their values."""
 
 _ALIGNMENT = 32  # columns begin at multiples of so many elements: 128 bytes
 
@@ -75,19 +75,24 @@ class Columns:
         """Overwrite elements of columns on the device."""
         if self._host is self._tensor:
             for name, index, values in changes:
-                self._array[self._begin[name] + index] = _as_int32(values)
+                begin = self._begin[name]
+                if index is None:
+                    self._array[begin : begin + len(values)] = _as_int32(values)
+                else:
+                    self._array[begin + index] = _as_int32(values)
             return
-        total = sum(len(index) for _, index, _ in changes)
+        total = sum(len(values) for _, _, values in changes)
         patch = torch.empty((2, total), dtype=torch.int32, pin_memory=True)
         places, contents = patch.numpy()
         end = 0
         for name, index, values in changes:
-            begin, end = end, end + len(index)
-            places[begin:end] = self._begin[name] + index
+            begin, end = end, end + len(values)
+            places[begin:end] = np.arange(len(values)) if index is None else index
+            places[begin:end] += self._begin[name]
             contents[begin:end] = _as_int32(values)
         # The allocator of pinned memory keeps the patch until it has been copied.
         on_device = patch.to(self._tensor.device, non_blocking=True)
-        self._tensor.index_copy_(0, on_device[0], on_device[1])
+        self._tensor.index_copy_(0, on_device[0].long(), on_device[1])
 
 
 def _as_int32(values: Values) -> Values:

@@ -28,8 +28,9 @@ class Growth:
         self.left = reserve
         self._units = units
         self._block_size = segments.block_size
+        # First slot behind the block of each row's last token, 0 where there is none.
+        self._block_end = -(-tails.next_slot // segments.block_size) * segments.block_size
         self._query = segments.query
-        self._rows = np.arange(len(segments.query))
         self._position = segments.position.copy()
         self._tile, self._width, self._unit = tails.tile, tails.width, tails.unit
         self._entry, self._length = tails.entry.copy(), tails.length.copy()
@@ -55,21 +56,23 @@ class Growth:
             )
         if len(slots) and slots.min() < 0:
             raise PlanMismatch(f"slots has {slots.min()}, expected at least 0")
-        slot = slots[self._query].astype(np.int64)
+        slot = slots.take(self._query).astype(np.int64, copy=False)
         self.left -= 1
         self._position += 1
         fresh = slot != self._next_slot
         fresh |= self._length == self._width
-        fresh |= slot % self._block_size == 0
+        fresh |= slot == self._block_end
         changes: list[Change] = []
-        if fresh.any():
-            changes = self._open(np.flatnonzero(fresh), slot)
+        (row,) = fresh.nonzero()
+        if len(row):
+            self._block_end[row] = (slot[row] // self._block_size + 1) * self._block_size
+            changes = self._open(row, slot)
         self._length += 1
         self._next_slot = slot + 1
         return [
             *changes,
             ("entries.length", self._entry, self._length),
-            ("rows.position", self._rows, self._position),
+            ("rows.position", None, self._position),
         ]
 
     def _open(self, row: Int64Array, slot: Int64Array) -> list[Change]:

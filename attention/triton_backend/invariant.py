@@ -18,7 +18,7 @@ from attention.ranges import expand, extremes
 from attention.segments import Segments
 from attention.triton_backend.lists import MAX_LOG2_WIDTH, Pieces
 from attention.triton_backend.planner import MergeColumns, Shape, UnitColumns, UnitPlan
-from attention.triton_backend.tiling import Tiling, is_nested, lean_tiles
+from attention.triton_backend.tiling import Tiling, lean_tiles
 
 CHUNK = 512
 
@@ -34,7 +34,7 @@ def make_invariant_plan(problem: Problem, segments: Segments, shape: Shape) -> U
     """
     block_n = shape.block_n
     rows = lean_tiles(segments, shape.lean_rows, shape.programs)
-    nested, several = is_nested(segments), len(segments.query) > segments.num_queries
+    nested, several = segments.on_paths, len(segments.query) > segments.num_queries
     if several:
         # The partials of a query's rows stand side by side, so all rows of a tile have as many.
         begin = np.union1d(rows.begin, segments.row_begin)

@@ -13,11 +13,12 @@ from attention.forest import Int64Array
 from attention.problem import Problem
 from attention.ranges import expand, extremes
 from attention.segments import Segments
-from attention.triton_backend.tiling import BoolArray, Tiling, Tilings, is_nested
+from attention.triton_backend.tiling import BoolArray, Tiling, Tilings
 
 MAX_LOG2_WIDTH = 6
 # Entries are narrow enough that a piece has about as many, so that few lanes are empty.
 ENTRIES_PER_PIECE = 4
+_POWERS = 2.0 ** np.arange(1, MAX_LOG2_WIDTH + 1)
 
 
 class Pieces(NamedTuple):
@@ -55,19 +56,20 @@ class TileLists(NamedTuple):
     log2_width: Int64Array
     num_entries: int
 
-    def behind(self, num_tiles: int) -> "TileLists":
-        """What the tiles behind the first `num_tiles` read."""
+    def take(self, tiles: Int64Array) -> "TileLists":
+        """What these tiles read."""
         begin, mid, end, width, num_entries = self
-        of = slice(num_tiles, None)
-        return TileLists(begin[of], mid[of], end[of], width[of], num_entries)
+        return TileLists(
+            begin.take(tiles), mid.take(tiles), end.take(tiles), width.take(tiles), num_entries
+        )
 
 
 def is_all_seen(problem: Problem, segments: Segments) -> bool:
     """Whether every row sees all tokens of its segments."""
     if problem.window is not None or len(segments.position) != len(segments.run_end):
         return False
-    if is_nested(segments):
-        return True  # a tree, in which a sequence's only query is on the last token of its path
+    if segments.on_paths:
+        return True  # a sequence's only query is on the last token of its path
     low, _ = extremes(segments.position, segments.row_begin, segments.row_end)
     return bool((segments.start + segments.length <= low + 1).all())
 
@@ -89,35 +91,37 @@ def tile_lists(
 
     O(M + overlaps of tiles and segments).
     """
-    tiling, num_fat, fat = tilings
-    row_begin, row_end = segments.row_begin, segments.row_end
-    # Fat tiles have the rows, lean tiles have them once more behind those.
+    tiling, num_fat, segment, num_fat_segments = tilings
+    row_begin, row_end = segments.row_begin.take(segment), segments.row_end.take(segment)
+    tile_of_row = np.arange(len(tiling.begin)).repeat(tiling.end - tiling.begin)
     first_row, last_row = row_begin, row_end - 1
-    if fat is not None:
-        once_more = ~fat * len(segments.position)
-        first_row, last_row = first_row + once_more, last_row + once_more
-    tile_of_row = np.repeat(np.arange(len(tiling.begin)), tiling.end - tiling.begin)
+    if num_fat:
+        # Fat tiles have all rows, lean tiles have them once more behind those.
+        first_row = first_row.copy()
+        first_row[num_fat_segments:] += len(segments.position)
+        last_row[num_fat_segments:] += len(segments.position)
     first, last = tile_of_row.take(first_row), tile_of_row.take(last_row)
     list_of_tile, rows = _shared_lists(first, last, tilings, problem)
     num_lists = len(rows.begin)
 
-    of, segment = list_of_tile.take(first), np.arange(len(first))
-    count = list_of_tile.take(last) - of + 1
-    if count.max() > 1:
-        segment, ordinal = expand(count)
-        of = of.take(segment) + ordinal
-        row_begin, row_end = row_begin.take(segment), row_end.take(segment)
-    full = (row_begin <= rows.begin.take(of)) & (row_end >= rows.end.take(of))
+    of, last_of = list_of_tile.take(first), list_of_tile.take(last)
+    if np.count_nonzero(of != last_of):
+        count = last_of - of + 1
+        index, ordinal = expand(count)
+        of, segment = of.take(index) + ordinal, segment.take(index)
+        row_begin, row_end = row_begin.take(index), row_end.take(index)
+    full = row_begin <= rows.begin.take(of)
+    full &= row_end >= rows.end.take(of)
     # The pieces that all rows of a list read come first, positions ascending.
     if all_seen:
-        order = _sorted(of, ~full, num_lists)
+        order = _by_list(of, full)
         of, segment = of.take(order), segment.take(order)
         begin, length = np.zeros_like(of), segments.length.take(segment)
         parts = _Parts(of, segment, begin, length, full.take(order))
     else:
         whole = np.zeros_like(of), segments.length.take(segment)
         parts = _visible(problem, segments, _Parts(of, segment, *whole, full), rows, reserve)
-        parts = parts.take(_sorted(parts.list, ~parts.full, num_lists))
+        parts = parts.take(_by_list(parts.list, parts.full))
 
     count = np.bincount(parts.list, minlength=num_lists)
     log2_width = _log2_width(parts, count, segments.block_size)
@@ -129,8 +133,8 @@ def tile_lists(
     behind = count.cumsum()
     list_end = entries_before.take(behind)
     list_begin = entries_before.take(behind - count)
-    num_full = np.bincount(parts.list[parts.full], minlength=num_lists)
-    list_mid = entries_before.take(behind - count + num_full)
+    num_partial = np.bincount(parts.list[~parts.full], minlength=num_lists)
+    list_mid = entries_before.take(behind - num_partial)
     num_entries = int(entries_before[-1])
     if reserve:
         spare = (rows.end - rows.begin) * reserve
@@ -159,11 +163,9 @@ def tile_lists(
     return pieces, TileLists(begin, mid, end, width, num_entries)
 
 
-def _sorted(of: Int64Array, behind: BoolArray, num_lists: int) -> Int64Array:
-    """Stable order by list, in each list those marked as behind after the others."""
-    key = of * 2 + behind
-    # Keys of 16 bits are sorted by radix.
-    return (key.astype(np.uint16) if 2 * num_lists <= 1 << 16 else key).argsort(kind="stable")
+def _by_list(of: Int64Array, full: BoolArray) -> Int64Array:
+    """Stable order by list, in each list the full parts first."""
+    return (of * 2 - full).argsort(kind="stable")
 
 
 class _Parts(NamedTuple):
@@ -242,10 +244,9 @@ def _visible(
 def _log2_width(parts: _Parts, count: Int64Array, block_size: int) -> Int64Array:
     """Width of the entries of each list: a power of two that divides the block size."""
     most = min((block_size & -block_size).bit_length() - 1, MAX_LOG2_WIDTH)
-    tokens = _sums(parts.list, parts.length, len(count))
-    # frexp gives the exponent of the next higher power of two.
-    exponent = np.frexp(tokens // np.maximum(count * ENTRIES_PER_PIECE, 1))[1] - 1
-    width: Int64Array = np.minimum(np.maximum(exponent, 0), most).astype(np.int64)
+    tokens = np.bincount(parts.list, parts.length, len(count))
+    lanes = tokens / np.maximum(count * ENTRIES_PER_PIECE, 1)
+    width: Int64Array = _POWERS[:most].searchsorted(lanes, side="right")
     return width
 
 
@@ -257,8 +258,13 @@ def _inside(segments: Segments, parts: _Parts | Pieces, shift: Int64Array) -> In
 
 
 def _entries(inside: Int64Array, length: Int64Array, shift: Int64Array) -> Int64Array:
-    """Entries of so many tokens that begin so far inside one; each ends at its width."""
-    entries: Int64Array = np.where(length > 0, (inside + length - 1 >> shift) + 1, 0)
+    """Entries of so many tokens that begin so far inside one; each ends at its width.
+
+    Without tokens, one if it begins inside.
+    """
+    entries = inside + length
+    entries += (1 << shift) - 1
+    entries >>= shift
     return entries
 
 
@@ -287,7 +293,8 @@ def _seen_entries(
     inside = _inside(segments, pieces, pieces.log2_width)[piece]
     by_all = np.clip(low[tile] + 1 - start, 0, length)
     whole = np.where(by_all == length, entries, inside + by_all >> shift)
-    some = _entries(inside, np.clip(high[tile] + 1 - start, 0, length), shift)
+    by_any = np.clip(high[tile] + 1 - start, 0, length)
+    some = np.where(by_any > 0, _entries(inside, by_any, shift), 0)
     num_tiles = len(begin)
     return (
         _sums(tile, whole * full, num_tiles),

@@ -110,14 +110,17 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
     if reserve:
         lean_parts = parts[num_fat:]  # they read what is to come
         np.maximum(lean_parts, 1, out=lean_parts)
-    partials = np.repeat(parts, tiles.end - tiles.begin).reshape(len(kinds), -1)
+    partials = parts.repeat(tiles.end - tiles.begin).reshape(len(kinds), -1)
     # What is higher on the path comes first: all rows of a tile have as many units above it.
     above = np.zeros_like(parts)
     if len(kinds) > 1:
         above[num_fat:] = partials[0].take(tiles.begin[num_fat:])
     units, order = _units(tiles, lists, parts, step, above, num_fat)
     partial, merges, num_partials = _merges(segments, partials.sum(axis=0))
-    units_before = np.append(0, parts.cumsum())
+    units_of, num_units, num_fat_units = {}, 0, int(parts[:num_fat].sum())
+    for rows, of in kinds.items():
+        begin, num_units = num_units, num_units + int(parts[of].sum())
+        units_of[rows] = units.part(begin, num_units)
     tails = None
     if reserve:
         place = np.empty_like(order)
@@ -126,18 +129,15 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
             segments,
             pieces,
             Tiling(tiles.begin[num_fat:], tiles.end[num_fat:]),
-            lists.behind(num_fat),
-            place[units_before[num_fat + 1 :] - 1] - units_before[num_fat],
+            lists.take(np.arange(num_fat, len(tiles.begin))),
+            place[parts.cumsum()[num_fat:] - 1] - num_fat_units,
         )
     return UnitPlan(
         segments=segments,
         partial=partial,
         pieces=pieces,
         num_entries=lists.num_entries,
-        units={
-            rows: units.part(units_before[of.start], units_before[of.stop])
-            for rows, of in kinds.items()
-        },
+        units=units_of,
         merges=merges,
         num_partials=num_partials,
         tails=tails,
@@ -177,13 +177,18 @@ def _units(
     Args:
         above: partials before theirs.
     """
-    tile, ordinal = expand(parts)
-    begin, end = lists.begin.take(tile), lists.end.take(tile)
-    if len(tile) > np.count_nonzero(parts):  # some list is cut
+    ordinal = None
+    if parts.max() > 1:
+        tile, ordinal = expand(parts)
+    else:
+        (tile,) = parts.nonzero()
+    begin, mid, end, width, _ = lists.take(tile)
+    ordinals = above.take(tile)
+    if ordinal is not None:
+        ordinals += ordinal
         begin += ordinal * step.take(tile)
         end = np.minimum(begin + step.take(tile), end)
-    mid = np.minimum(np.maximum(lists.mid.take(tile), begin), end)
-    width = lists.log2_width.take(tile)
+        mid = np.minimum(np.maximum(mid, begin), end)
     shortness = begin - end << width
     if num_fat:
         shortness[parts[:num_fat].sum() :] += 1 - shortness.min(initial=0)
@@ -196,7 +201,7 @@ def _units(
         entry_mid=mid.take(order),
         entry_end=end.take(order),
         log2_width=width.take(order),
-        ordinal=above.take(tile) + ordinal.take(order),
+        ordinal=ordinals.take(order),
     )
     return units, order
 
@@ -206,12 +211,15 @@ def _merges(segments: Segments, count: Int64Array) -> tuple[Int64Array, MergeCol
     query = segments.query
     if len(query) == segments.num_queries:
         several = count != 1  # a row that sees nothing merges nothing
-        slots = np.where(several, count, 0)
-        end = np.cumsum(slots)
-        merged = np.flatnonzero(several)
+        slots = count * several
+        end = slots.cumsum()
         begin = end - slots
-        merges = MergeColumns(query[merged], begin[merged], end[merged])
-        return np.where(several, begin, -1), merges, int(end[-1])
+        num_partials = int(end[-1])
+        if several.all():
+            return begin, MergeColumns(query, begin, end), num_partials
+        (merged,) = several.nonzero()
+        merges = MergeColumns(query.take(merged), begin.take(merged), end.take(merged))
+        return np.where(several, begin, -1), merges, num_partials
     rows = np.bincount(query, minlength=segments.num_queries)
     total = np.bincount(query, count, segments.num_queries).astype(np.int64)
     several = (rows > 1) | (total != 1)

@@ -42,24 +42,27 @@ class Tilings(NamedTuple):
     Attributes:
         tiles: of both kinds.
         num_fat: how many of them are fat.
-        fat: bool [M], segments that fat tiles read; lean ones read the others. None: no segment.
+        segments: int64 [M], those that fat tiles read, and behind them the others, each ascending.
+        num_fat_segments: how many fat tiles read.
     """
 
     tiles: Tiling
     num_fat: int
-    fat: BoolArray | None
+    segments: Int64Array
+    num_fat_segments: int
 
 
 class Apart(NamedTuple):
     """What fat tiles read.
 
     Attributes:
-        segments: bool [M].
+        large, small: int64, the segments that are, and those that are not, ascending.
         rows: bool [R], rows of trees in which there are such segments; None for all.
         tree_begin: int64, first row of each tree.
     """
 
-    segments: BoolArray
+    large: Int64Array
+    small: Int64Array
     rows: BoolArray | None
     tree_begin: Int64Array
 
@@ -104,46 +107,48 @@ def make_tilings(
         programs: units that run at once.
         all_lean: every row has a lean tile in any case.
     """
-    above = tokens_above(segments)
-    large = segments.row_end - segments.row_begin > lean_rows
-    if fat_rows <= lean_rows or not np.count_nonzero(large):
-        return Tilings(lean_tiles(segments, lean_rows, programs), 0, None)
-    (small,) = (~large).nonzero()
-    lean = _ranges(segments, small)
-    apart = _read_apart(segments, large, lean, lean_rows, fat_rows, costs, all_lean=all_lean)
-    if apart is None:
-        return Tilings(lean_tiles(segments, lean_rows, programs), 0, None)
-    if apart.rows is not None:
-        (small,) = (~apart.segments).nonzero()
+    is_large = segments.row_end - segments.row_begin > lean_rows
+    (large,) = is_large.nonzero()
+    apart = None
+    if fat_rows > lean_rows and len(large):
+        (small,) = (~is_large).nonzero()
         lean = _ranges(segments, small)
-    fat = _fat_tiles(segments, apart, above, lean, fat_rows)
-    if not len(small):
-        return Tilings(fat, len(fat.begin), apart.segments)
-    # Fat tiles read what lies above these, where there is something to be read apart.
-    begin, end, length = (
-        column.take(small) for column in (segments.row_begin, segments.row_end, segments.length)
-    )
-    above = np.zeros_like(begin)
+        sizes = lean_rows, fat_rows
+        apart = _read_apart(segments, large, small, lean, sizes, costs, all_lean=all_lean)
+    if apart is None:
+        return Tilings(
+            lean_tiles(segments, lean_rows, programs), 0, np.arange(len(segments.length)), 0
+        )
     if apart.rows is not None:
-        above = np.where(apart.rows.take(begin), 0, tokens_above(segments).take(small))
+        lean = _ranges(segments, apart.small)
+    fat = _fat_tiles(segments, apart, lean, fat_rows)
+    num_fat, num_large, chosen = len(fat.begin), len(apart.large), apart.small
+    if not len(chosen):
+        return Tilings(fat, num_fat, apart.large, num_large)
+    begin, length = segments.row_begin.take(chosen), segments.length.take(chosen)
+    # Fat tiles read what lies above these, where there is something to be read apart.
+    above = None
+    if apart.rows is not None:
+        above = np.where(apart.rows.take(begin), 0, tokens_above(segments).take(chosen))
     tiled = lean.covered
     borders = _changes(tiled)
     borders[fat.begin] = True
+    end = segments.row_end.take(chosen)
     tiles = _lean_tiles(begin, end, length, above, lean, borders, tiled, lean_rows, programs)
     both = Tiling(np.concatenate((fat.begin, tiles.begin)), np.concatenate((fat.end, tiles.end)))
-    return Tilings(both, len(fat.begin), apart.segments)
+    return Tilings(both, num_fat, np.concatenate((apart.large, chosen)), num_large)
 
 
 def lean_tiles(segments: Segments, rows_per_tile: int, programs: int) -> Tiling:
     """Lean tiles that read all segments."""
-    tiled = np.ones(len(segments.position), np.bool_)
+    tiled, borders = _all_rows(len(segments.position))
     return _lean_tiles(
         segments.row_begin,
         segments.row_end,
         segments.length,
         tokens_above(segments),
         None,
-        _changes(tiled),
+        borders,
         tiled,
         rows_per_tile,
         programs,
@@ -152,10 +157,10 @@ def lean_tiles(segments: Segments, rows_per_tile: int, programs: int) -> Tiling:
 
 def _read_apart(
     segments: Segments,
-    shared: BoolArray,
+    large: Int64Array,
+    small: Int64Array,
     lean: Ranges,
-    lean_rows: int,
-    fat_rows: int,
+    sizes: tuple[int, int],
     costs: Costs,
     *,
     all_lean: bool,
@@ -166,10 +171,11 @@ def _read_apart(
     segments of both kinds have two partial results instead of one.
 
     Args:
-        shared: bool [M], segments of more rows than a lean tile has.
-        lean: those of the other segments.
+        large, small: segments of more rows than a lean tile has, and the others.
+        lean: rows of the small segments.
+        sizes: most rows of the two kinds of tiles.
     """
-    (large,) = shared.nonzero()
+    lean_rows, fat_rows = sizes
     begin, length = segments.row_begin.take(large), segments.length.take(large)
     size = segments.row_end.take(large) - begin
     lean_reads = (size + (lean_rows - 1)) // lean_rows
@@ -194,31 +200,28 @@ def _read_apart(
     if not pays.any() or saved[pays].sum() < 2 * costs.launch:
         return None
     if pays.all():
-        return Apart(shared, None, tree_begin)
-    shared = shared.copy()
-    shared[large[~pays[tree]]] = False
-    return Apart(shared, np.repeat(pays, tree_size), tree_begin)
+        return Apart(large, small, None, tree_begin)
+    chosen = pays.take(tree)
+    small = np.concatenate((small, large[~chosen]))
+    small.sort()
+    return Apart(large[chosen], small, np.repeat(pays, tree_size), tree_begin)
 
 
-def _fat_tiles(
-    segments: Segments, apart: Apart, above: Int64Array, lean: Ranges, rows_per_tile: int
-) -> Tiling:
+def _fat_tiles(segments: Segments, apart: Apart, lean: Ranges, rows_per_tile: int) -> Tiling:
     """Tiles of the rows of segments that are read apart; what lies between them is one tile each.
 
     No tile reaches over two trees, nor ends inside a segment that is left to lean tiles.
     """
-    num_rows = len(segments.position)
     if apart.rows is None:
-        tiled = np.ones(num_rows, np.bool_)
-        borders = _changes(tiled)
+        tiled, borders = _all_rows(len(segments.position))
         borders[apart.tree_begin] = True
     else:
         tiled = apart.rows
         borders = _changes(tiled)
         borders[apart.tree_begin] |= tiled[apart.tree_begin]
-    (chosen,) = apart.segments.nonzero()
+    chosen = apart.large
     begin, end = segments.row_begin.take(chosen), segments.row_end.take(chosen)
-    together = segments.length.take(chosen) > above.take(chosen)
+    together = (segments.length > tokens_above(segments)).take(chosen)
     small = end - begin <= rows_per_tile
     (big,) = (together & ~small).nonzero()
     borders[begin[big]] = borders[end[big]] = True
@@ -234,39 +237,42 @@ def _lean_tiles(
     begin: Int64Array,
     end: Int64Array,
     length: Int64Array,
-    above: Int64Array,
+    above: Int64Array | None,
     ranges: Ranges | None,
     borders: BoolArray,
     tiled: BoolArray,
     rows_per_tile: int,
     programs: int,
 ) -> Tiling:
-    """Tiles that read segments: their rows, tokens, and tokens above each.
+    """Tiles that read segments, of their rows, tokens, and tokens above each.
 
     Rows with much KV of their own have tiles of their own, as there is nothing to share; the others
     fill tiles, so that the lists are not too short, as long as there are tiles for all `programs`.
 
     Args:
-        ranges: those of the segments, where they are known.
+        above: None if nothing is above, and no segment has more rows than a tile.
+        ranges: rows of all the segments, where they are known.
         borders: which borders are borders of tiles in any case.
         tiled: rows that need tiles.
     """
     num_rows = len(tiled)
-    together = length > above
-    small = end - begin <= rows_per_tile
-    (big,) = (together & ~small).nonzero()
-    if len(big):
-        borders[begin[big]] = borders[end[big]] = True
-    together &= small
-    if ranges is None or np.count_nonzero(together) < len(together):
-        ranges = _ranges_of(begin[together], end[together], num_rows)
-    blocked = ranges.inside
-
     own = np.zeros(num_rows + 1, np.int64)
     own[1:] = np.bincount(begin, length, num_rows).cumsum()
     tokens = own.take(end) - own.take(begin)
     few = min(TILE_TOKENS, int(own[-1]) // (4 * programs)) // rows_per_tile
-    (alone,) = (small & (tokens > few) & (tokens > (LITTLE_SHARED + 1) * above)).nonzero()
+    is_alone = tokens > few
+    if above is not None:
+        together = length > above
+        small = end - begin <= rows_per_tile
+        (big,) = (together & ~small).nonzero()
+        borders[begin[big]] = borders[end[big]] = True
+        together &= small
+        ranges = _ranges_of(begin[together], end[together], num_rows)
+        is_alone &= small & (tokens > (LITTLE_SHARED + 1) * above)
+    elif ranges is None:
+        ranges = _ranges_of(begin, end, num_rows)
+    blocked = ranges.inside
+    (alone,) = is_alone.nonzero()
     if len(alone):
         possible = np.zeros(num_rows + 1, np.bool_)
         possible[begin.take(alone)] = possible[end.take(alone)] = True
@@ -274,21 +280,16 @@ def _lean_tiles(
     return _cut(borders, tiled, rows_per_tile, blocked)
 
 
-def is_nested(segments: Segments) -> bool:
-    """Whether some segment lies above another one, as in trees and never in sets."""
-    rows = int((segments.row_end - segments.row_begin).sum())
-    return rows > len(segments.position)
-
-
 def tokens_above(segments: Segments) -> Int64Array:
     """Tokens that the rows of a segment read before it: int64 [M]."""
-    return segments.start if is_nested(segments) else np.zeros_like(segments.start)
+    return segments.start if segments.on_paths else np.zeros_like(segments.start)
 
 
 def _roots(segments: Segments) -> Int64Array:
     """The segments that no other lies above, by their rows; those below follow each of them."""
-    if is_nested(segments):
-        return np.flatnonzero(segments.round == 0)
+    if segments.on_paths:
+        roots: Int64Array = np.flatnonzero(segments.round == 0)
+        return roots
     return np.arange(len(segments.length))
 
 
@@ -339,6 +340,13 @@ def _ranges_of(begin: Int64Array, end: Int64Array, num_rows: int) -> Ranges:
     starts = np.bincount(begin, minlength=num_rows + 1)
     depth = starts - np.bincount(end, minlength=num_rows + 1)
     return Ranges(starts, depth.cumsum())
+
+
+def _all_rows(num_rows: int) -> tuple[BoolArray, BoolArray]:
+    """All rows, and the outermost two borders."""
+    borders = np.zeros(num_rows + 1, np.bool_)
+    borders[0] = borders[-1] = True
+    return np.ones(num_rows, np.bool_), borders
 
 
 def _changes(rows: BoolArray) -> BoolArray:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention import Forest
+from attention import Forest, NodeSets
 from tests.attention.checks import assert_as_good_as_flat, attend, plan_of, run
 from tests.attention.strategies import (
     LARGE,
@@ -132,6 +132,30 @@ def test_shapes_at_which_work_is_cut(
     forest, num_blocks = build_forest(16, *LARGE[shape], shuffle=shuffle)
     case = Case(forest, num_blocks, num_q_heads=8, window=window, softcap=softcap)
     assert_as_good_as_flat(case, tensors(case), device)
+
+
+def test_single_queries_that_stand_inside_and_before_the_nodes_of_their_sets() -> None:
+    # Nodes of 3 blocks at 0 and at 12; queries see all of both, parts of them, and of one nothing.
+    sets = NodeSets(
+        block_size=4,
+        length=np.array([12, 12]),
+        offset=np.zeros(2, np.int32),
+        block_ptr=np.array([0, 3, 6]),
+        blocks=np.arange(6, dtype=np.int32),
+        member_ptr=np.array([0, 2, 4, 6, 7]),
+        member=np.array([0, 1, 0, 1, 0, 1, 1], np.int32),
+        member_start=np.array([0, 12, 0, 12, 0, 12, 12]),
+        query_start=np.array([23, 15, 5, 3]),
+        query_len=np.ones(4, np.int64),
+    )
+    case = Case(sets, 6)
+    given_ = tensors(case)
+    out, lse = run(case, given_)
+    expected, expected_lse = attend(case, given_)
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-5, atol=1e-5)
+    assert (out[3] == 0).all()
+    assert (lse[3] == -torch.inf).all()
 
 
 def test_a_long_node_is_read_in_place_with_every_kind_of_softmax() -> None:

@@ -11,8 +11,10 @@ from attention.segments import Segments
 from attention.torch_backend.items import BoolArray, WorkItems
 from attention.torch_backend.places import places_of
 
-# Bounds of what one group of calls holds: KV (K and V together), tokens of an item, queries.
-GROUP_BYTES = 64 << 20
+# Bounds of what one call holds: KV gathered (K and V together), KV read in place, tokens of an
+# item, queries.
+GATHER_BYTES = 4 << 20
+IN_PLACE_BYTES = 64 << 20
 KV_TILE = 2048
 MAX_QUERIES = 1024
 # From this size on, KV is read in place: a call costs less than the copy.
@@ -134,7 +136,7 @@ def _views(
     first = np.flatnonzero(_begins(shape, block))
     size = np.diff(first, append=len(chosen))
     bytes_ = size * tokens[chosen[first]] * problem.token_bytes
-    calls = np.maximum(GROUP_BYTES * size // np.maximum(bytes_, 1), 1)
+    calls = np.maximum(IN_PLACE_BYTES * size // np.maximum(bytes_, 1), 1)
     calls = np.minimum(calls, np.maximum(MAX_QUERIES // num_rows[chosen[first]], 1))
     worthwhile = bytes_ >= WORTH_A_CALL
     in_place = np.repeat(worthwhile, size)
@@ -197,7 +199,7 @@ def _gathers(problem: Problem, segments: Segments, items: WorkItems, kind: Int64
     first = _firsts(shape)
     count = np.diff(first, append=len(shape))
     tokens, queries = _most(kv_len, first), _most(num_rows, first)
-    limit = GROUP_BYTES // np.maximum(tokens * problem.token_bytes, 1)
+    limit = GATHER_BYTES // np.maximum(tokens * problem.token_bytes, 1)
     limit = np.minimum(limit, MAX_QUERIES // np.maximum(queries, 1))
     calls = cut(count, np.maximum(limit, 1))
     begin = first[calls.source] + calls.begin

@@ -1,12 +1,71 @@
 """Runs a plan with torch operations, on any device; the fast path on CPU."""
 
+from typing import NamedTuple
+
 import torch
 
 from attention.algebra import Partial, merge_
-from attention.problem import Problem
-from attention.torch_backend.attend import attend, query_range
+from attention.options import RunOptions
+from attention.problem import FLOAT8_DTYPES, Problem
 from attention.torch_backend.groups import Group
-from attention.torch_backend.layer import Layer
+from attention.torch_backend.kv import tokens_of
+from attention.torch_backend.softmax import Bias, softmax
+
+
+class Layer(NamedTuple):
+    """The tensors of one run as the groups read them.
+
+    Attributes:
+        q: [N, Hkv, group, d], query heads that share a KV head side by side.
+        position: int64 [N].
+        k_cache, v_cache: [num_blocks, block_size, Hkv, d], of any strides; float8 as bytes.
+        kv_dtype: of the caches.
+        scale, softcap: see `attention.run`; k_scale is in the scale or in q.
+        slopes: [Hkv, group] in the precision of the logits, or None for 0.
+    """
+
+    q: torch.Tensor
+    position: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    kv_dtype: torch.dtype
+    scale: float
+    softcap: float | None
+    slopes: torch.Tensor | None
+
+    @property
+    def latent(self) -> bool:
+        """Values are the first columns of the keys."""
+        k, v = self.k_cache, self.v_cache
+        same = k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
+        return same and v.shape[3] <= k.shape[3]
+
+
+def layer_of(
+    problem: Problem,
+    q: torch.Tensor,
+    position: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    options: RunOptions,
+) -> Layer:
+    """Arguments as `attention.run` checks them; q and position in the order of the groups."""
+    q = q.reshape(len(q), problem.num_kv_heads, problem.group, problem.head_dim)
+    scale = options.scale
+    if options.k_scale is not None:
+        if options.k_scale.numel() == 1 and options.k_scale.device.type == "cpu":
+            scale *= float(options.k_scale)
+        else:
+            # Rounded to the dtype of q again, logits would be as far off as that is coarse.
+            q = q.to(problem.precision) * options.k_scale.view(-1, 1, 1)
+    if problem.layout == "HND":
+        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    if problem.kv_dtype in FLOAT8_DTYPES:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    slopes = options.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.to(problem.precision).view(problem.num_kv_heads, problem.group)
+    return Layer(q, position, k_cache, v_cache, problem.kv_dtype, scale, options.softcap, slopes)
 
 
 def execute(problem: Problem, groups: list[Group], layer: Layer) -> Partial:
@@ -39,10 +98,63 @@ def _add(total: Partial, group: Group, part: Partial) -> None:
     elif group.query_index is not None:
         index = group.query_index
     else:
-        of = query_range(group)
+        of = _query_range(group)
         merge_(Partial(total.o[of], total.lse[of]), part)
         return
     merged = Partial(total.o.index_select(0, index), total.lse.index_select(0, index))
     merge_(merged, part)
     total.o.index_copy_(0, index, merged.o)
     total.lse.index_copy_(0, index, merged.lse)
+
+
+def _query_range(group: Group) -> slice:
+    assert group.first_query is not None
+    return slice(group.first_query, group.first_query + group.size * group.queries)
+
+
+def attend(group: Group, layer: Layer) -> Partial:
+    """Partials of a group's rows: o [size * queries, Hkv, group, d] and lse without d."""
+    size, queries = group.size, group.queries
+    if group.query_index is not None:
+        q = layer.q.index_select(0, group.query_index)
+    else:
+        q = layer.q[_query_range(group)]
+    _, kv_heads, per_head, head_dim = q.shape
+    # All query heads of a KV head are rows of one matrix: [size, Hkv, queries * group, d].
+    q = q.reshape(size, queries, kv_heads, per_head, head_dim).transpose(1, 2).flatten(2, 3)
+    k = tokens_of(layer.k_cache, group).view(layer.kv_dtype)
+    v = k if layer.latent else tokens_of(layer.v_cache, group).view(layer.kv_dtype)
+    width, scale = layer.v_cache.shape[3], layer.scale / group.temperature
+    part = softmax(q, k, v, width, _bias(group, layer), scale, layer.softcap)
+
+    rows = (size, kv_heads, queries, per_head)
+    o = part.o.reshape(*rows, width).transpose(1, 2).flatten(0, 1)
+    lse = part.lse.reshape(rows).transpose(1, 2).flatten(0, 1)
+    return Partial(o.to(lse.dtype), _shifted(group, layer, lse))
+
+
+def _bias(group: Group, layer: Layer) -> Bias:
+    mask = group.mask
+    per_head = layer.q.shape[2]
+    if mask is not None:
+        if mask.shape[1] > 1 and per_head > 1:
+            mask = mask.repeat_interleave(per_head, dim=1)
+        mask = mask.unsqueeze(1)
+    if layer.slopes is None:
+        return Bias(mask, None, None)
+    # As seen from behind the item, for any query: what is left of the distance shifts the lse.
+    distance = torch.arange(-group.tokens, 0, device=layer.q.device, dtype=layer.slopes.dtype)
+    slope = layer.slopes.repeat(1, group.queries).unsqueeze(2)
+    return Bias(mask, slope, distance)
+
+
+def _shifted(group: Group, layer: Layer, lse: torch.Tensor) -> torch.Tensor:
+    """lse [size * queries, Hkv, group] with what has been left out of all logits of an item."""
+    if group.log_weight is not None:
+        lse = lse + group.log_weight.repeat_interleave(group.queries)[:, None, None]
+    if layer.slopes is not None:
+        index = group.query_index
+        position = layer.position[_query_range(group) if index is None else index]
+        end = (group.first_position + group.tokens).repeat_interleave(group.queries)
+        lse = lse - layer.slopes * (position - end)[:, None, None]
+    return lse

@@ -14,11 +14,10 @@ from attention.forest import Int64Array
 from attention.problem import Problem
 from attention.ranges import expand
 from attention.segments import Segments
-from attention.torch_backend.attend import attend
-from attention.torch_backend.batches import GROUP_BYTES
+from attention.torch_backend.batches import GATHER_BYTES
+from attention.torch_backend.execute import Layer, attend
 from attention.torch_backend.groups import Gathered, Group, additive
 from attention.torch_backend.items import WorkItems
-from attention.torch_backend.layer import Layer
 from attention.torch_backend.places import slots_of
 
 # Tokens of a chunk: padding of short paths against partials of long ones.
@@ -148,7 +147,7 @@ def _groups(
 ) -> list[Group]:
     """Calls in the order of the rounds: chunks under several rows alone, the others together."""
     # Within what is gathered at once, and without cutting a query's heads.
-    most = max(1, GROUP_BYTES // (CHUNK * problem.token_bytes))
+    most = max(1, GATHER_BYTES // (CHUNK * problem.token_bytes))
     most = max(1, min(most, (1 << 20) // (problem.num_q_heads * CHUNK)))
     shared = chunks.num_rows > 1
     order = np.lexsort((chunks.row_begin, shared, chunks.round))

@@ -1,128 +1,24 @@
-"""K or V of a group's tokens from a cache of any strides, piece by piece.
-
-What a product reads should lie in the processor's cache, its tokens close to each other. Heads that
-lie between each other are far apart: a token's part of one head is alone on its page, and alone on
-its cache line's way. So they are copied in the order in which they lie, in pieces that stay in
-the cache until they are read; in float32, where the copy takes as long as it saves, short runs of
-tokens are read where they are.
-"""
+"""K or V of a group's tokens from a cache of any strides: a view where it can be one."""
 
 import math
-from typing import NamedTuple, Protocol
 
 import torch
 
 from attention.torch_backend.groups import Gathered, Group, InPlace
-from attention.torch_backend.workspace import workspace
 
 
-class Source(Protocol):
-    """K or V of a group's items."""
-
-    def in_place(self, dtype: torch.dtype) -> bool:
-        """Whether nothing is copied to read it in this dtype."""
-        ...
-
-    def read(self, items: slice, tokens: slice, dtype: torch.dtype, buffer: int) -> torch.Tensor:
-        """[items, Hkv, tokens, d] in dtype, valid until the buffer of that number is used again.
-
-        The tokens are all, or those of one item only; they begin and end where units do.
-        """
-        ...
-
-
-class Viewed(NamedTuple):
-    """Tokens that lie at one stride: [size, Hkv, tokens, d] in their memory's dtype.
-
-    Attributes:
-        dtype: what the memory holds.
-        near: tokens of a head lie side by side.
-    """
-
-    view: torch.Tensor
-    dtype: torch.dtype
-    near: bool
-
-    def in_place(self, dtype: torch.dtype) -> bool:
-        good = self.near or dtype.itemsize >= 4 or self.view.device.type != "cpu"
-        return good and dtype == self.dtype
-
-    def read(self, items: slice, tokens: slice, dtype: torch.dtype, buffer: int) -> torch.Tensor:
-        view = self.view[items, :, tokens].view(self.dtype)
-        if self.in_place(dtype):
-            return view
-        size, heads, count, head_dim = view.shape
-        if self.near:
-            return workspace(buffer, tuple(view.shape), dtype, view.device).copy_(view)
-        by_token = workspace(buffer, (size, count, heads, head_dim), dtype, view.device)
-        return by_token.copy_(view.transpose(1, 2)).transpose(1, 2)
-
-
-class Rowed(NamedTuple):
-    """Tokens that lie anywhere, as rows that are copied whole.
-
-    Attributes:
-        rows: [n, width], the cache's memory at the greatest common stride of what is read of it.
-        at: int64 [items, tokens // unit], or [items, heads, tokens // unit] where each head has
-            rows of its own.
-        unit: tokens of a row.
-        heads, head_dim: of the cache.
-        dtype: what the memory holds.
-        blank: see `Gathered`.
-        size: how many items read what is here: all that are here, or all the same one.
-    """
-
-    rows: torch.Tensor
-    at: torch.Tensor
-    unit: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    blank: torch.Tensor | None
-    size: int
-
-    def in_place(self, dtype: torch.dtype) -> bool:
-        return False
-
-    def read(self, items: slice, tokens: slice, dtype: torch.dtype, buffer: int) -> torch.Tensor:
-        same = len(self.at) < self.size
-        here = slice(None) if same else items
-        index = self.at[here, ..., tokens.start // self.unit : tokens.stop // self.unit]
-        size, count = len(index), tokens.stop - tokens.start
-        device, row = self.rows.device, self.rows.shape[1]
-        raw = workspace(2 + buffer, (index.numel(), row), self.rows.dtype, device)
-        torch.index_select(self.rows, 0, index.reshape(-1), out=raw)
-        raw = raw.view(self.dtype)
-        if raw.dtype != dtype:
-            raw = workspace(buffer, tuple(raw.shape), dtype, device).copy_(raw)
-        by_head = self.at.dim() == 3
-        shape = (size, self.heads, count) if by_head else (size, count, self.heads)
-        raw = raw.view(*shape, self.head_dim)
-        read = raw if by_head else raw.transpose(1, 2)
-        if self.blank is not None:
-            self._clear(read, items.start, tokens)
-        return read.expand(self.size, -1, -1, -1) if same else read
-
-    def _clear(self, read: torch.Tensor, first: int, tokens: slice) -> None:
-        assert self.blank is not None
-        count = read.shape[2]
-        begin = first * self.at.shape[-1] * self.unit + tokens.start
-        blank = self.blank - begin
-        blank = blank[(blank >= 0) & (blank < len(read) * count)]
-        if len(blank):
-            read.transpose(1, 2)[blank // count, blank % count] = 0
-
-
-def source_of(cache: torch.Tensor, dtype: torch.dtype, group: Group) -> Source:
-    """K or V of a group, from a cache [num_blocks, block_size, Hkv, d] that holds dtype."""
+def tokens_of(cache: torch.Tensor, group: Group) -> torch.Tensor:
+    """K or V [size, Hkv, tokens, d] of a group, from a cache [num_blocks, block_size, Hkv, d]."""
     if isinstance(group.kv, InPlace):
         view = _view(cache, group.kv, group.size, group.tokens)
         if view is not None:
-            near = view.stride(2) <= view.stride(1) or view.shape[1] == 1
-            return Viewed(view, dtype, near)
-        slots = _slots(group.kv, group.size, group.tokens, cache)
-        return _rowed(cache, dtype, Gathered(slots, 1, None), group)
-    return _rowed(cache, dtype, group.kv, group)
+            return view
+        index = _slots(group.kv, group.size, group.tokens, cache)
+        return _gather(cache, Gathered(index, 1, None), group.size, group.tokens)
+    # Tokens of one item are those of all.
+    items = len(group.kv.ids) * group.kv.unit // group.tokens
+    gathered = _gather(cache, group.kv, items, group.tokens)
+    return gathered.expand(group.size, -1, -1, -1)
 
 
 def _view(cache: torch.Tensor, where: InPlace, size: int, tokens: int) -> torch.Tensor | None:
@@ -147,7 +43,7 @@ def _slots(where: InPlace, size: int, tokens: int, cache: torch.Tensor) -> torch
     return (items[:, None] + torch.arange(tokens, device=cache.device)).flatten()
 
 
-def _rowed(cache: torch.Tensor, dtype: torch.dtype, where: Gathered, group: Group) -> Rowed:
+def _gather(cache: torch.Tensor, where: Gathered, size: int, tokens: int) -> torch.Tensor:
     """index_select copies whole rows, several times as fast as indexing in two dimensions.
 
     So the cache, whatever its strides, becomes rows at their greatest common stride. A row is a
@@ -156,8 +52,6 @@ def _rowed(cache: torch.Tensor, dtype: torch.dtype, where: Gathered, group: Grou
     """
     _, block_size, heads, head_dim = cache.shape
     index, unit = where.ids, where.unit
-    # Tokens of one item are those of all.
-    items = len(index) * unit // group.tokens
     _, by_slot, by_head, _ = cache.stride()
     heads_together = by_head == head_dim
     if unit > 1 and by_slot != (heads * head_dim if heads_together else head_dim):
@@ -166,10 +60,18 @@ def _rowed(cache: torch.Tensor, dtype: torch.dtype, where: Gathered, group: Grou
     width = unit * head_dim * (heads if heads_together else 1)
     rows, index = _rows(cache, index, unit, width, heads_together)
     if heads_together:
-        index = index.view(items, -1)
-    else:
-        index = index.view(items, -1, heads).transpose(1, 2)
-    return Rowed(rows, index, unit, heads, head_dim, dtype, where.blank, group.size)
+        gathered = rows.index_select(0, index).view(size * tokens, heads, head_dim)
+        if where.blank is not None:
+            gathered.index_fill_(0, where.blank, 0)
+        return gathered.view(size, tokens, heads, head_dim).transpose(1, 2)
+    index = index.view(size, tokens // unit, heads).transpose(1, 2).flatten()
+    gathered = rows.index_select(0, index).view(size, heads, tokens, head_dim)
+    if where.blank is not None:
+        item, token = where.blank // tokens, where.blank % tokens
+        of_head = torch.arange(heads, device=cache.device) * tokens
+        blank = (item * (heads * tokens) + token)[:, None] + of_head
+        gathered.view(-1, head_dim).index_fill_(0, blank.flatten(), 0)
+    return gathered
 
 
 def _rows(

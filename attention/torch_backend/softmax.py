@@ -5,10 +5,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attention.algebra import Partial
+from attention.algebra import Partial, merge
+from attention.torch_backend.batches import KV_TILE
 
 # Logits (and masks that differ from head to head) held at once.
 MAX_LOGITS = 1 << 20
+
+# Tokens of one item that are read at once where its heads lie between each other, in bfloat16.
+INTERLEAVED_TILE = 512
 
 
 class Bias(NamedTuple):
@@ -24,23 +28,14 @@ class Bias(NamedTuple):
     slope: torch.Tensor | None
     distance: torch.Tensor | None
 
-    def of(self, items: slice, tokens: slice) -> "Bias":
-        """That of some of the items and tokens."""
-        mask, distance = self.mask, self.distance
-        return Bias(
-            None if mask is None else mask[items, :, :, tokens],
-            self.slope,
-            None if distance is None else distance[tokens],
-        )
-
-    def added(self, rows: slice) -> torch.Tensor | None:
-        """For some of the rows, [size or 1, Hkv or 1, rows or 1, tokens]."""
+    def part(self, rows: slice, tokens: slice) -> torch.Tensor | None:
+        """For some of the rows and tokens, [size or 1, Hkv or 1, rows or 1, tokens]."""
         mask = self.mask
         if mask is not None:
-            mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None)]
+            mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None), tokens]
         if self.slope is None or self.distance is None:
             return mask
-        sloped = (self.slope[:, rows] * self.distance).unsqueeze(0)
+        sloped = (self.slope[:, rows] * self.distance[tokens]).unsqueeze(0)
         return sloped if mask is None else sloped + mask
 
 
@@ -53,51 +48,43 @@ def softmax(
     scale: float,
     softcap: float | None,
 ) -> Partial:
-    """Partials of rows [size, Hkv, rows, d] over k and v [size, Hkv, tokens, d] of one dtype.
+    """Partials of rows [size, Hkv, rows, d] over k and v [size, Hkv, tokens, d].
 
     The values are the first `width` columns of v, which may be k itself. A row that sees no token
-    gives anything. o is float32 (float64 for such rows) or the dtype of q.
+    gives anything. o is float32 (float64 for such rows) or the dtype
+    of q.
     """
-    rows = q.shape[2]
-    fused = softcap is None and q.device.type == "cpu"
-    step = rows
-    if not fused or bias.slope is not None:
-        step = max(1, MAX_LOGITS // k[..., 0].numel())
-    parts = []
-    for first in range(0, rows, step):
-        some = slice(first, first + step)
-        queries, added = q[:, :, some], bias.added(some)
-        if fused:
-            parts.append(_fused(queries, k, v, width, added, scale))
-        else:
-            parts.append(_unfused(queries, k, v[..., :width], added, scale, softcap))
-    if len(parts) == 1:
-        return parts[0]
-    return Partial(torch.cat([p.o for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+    compute = _compute_dtype(q)
+    direct = softcap is None and bias.slope is None and k.dtype == compute
+    rows, tokens = q.shape[2], k.shape[2]
+    step = tokens if direct else KV_TILE
+    if direct and len(q) == 1 and k.dtype == torch.bfloat16 and k.stride(2) > k.shape[3]:
+        # Heads that lie between each other share pages: all of them while those are in reach.
+        step = INTERLEAVED_TILE
+    total: Partial | None = None
+    for begin in range(0, tokens, step):
+        of = slice(begin, begin + step)
+        keys = _converted(k[:, :, of], compute)
+        values = keys if v is k else _converted(v[:, :, of], compute)
+        row_step = rows if direct else max(1, MAX_LOGITS // (keys[..., 0].numel()))
+        parts = []
+        for first in range(0, rows, row_step):
+            some = slice(first, first + row_step)
+            added = bias.part(some, of)
+            queries = q[:, :, some].to(compute)
+            if softcap is None and q.device.type == "cpu":
+                parts.append(_fused(queries, keys, values, width, added, scale))
+            else:
+                parts.append(_unfused(queries, keys, values[..., :width], added, scale, softcap))
+        part = parts[0]
+        if len(parts) > 1:
+            part = Partial(torch.cat([p.o for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+        total = part if total is None else merge(total, part)
+    assert total is not None
+    return total
 
 
-def without_unseen(part: Partial, mask: torch.Tensor) -> Partial:
-    """The partial with nothing in it for rows that this mask of `Bias` hides all tokens from."""
-    unseen = (mask == -torch.inf).all(dim=3)
-    return Partial(
-        part.o.masked_fill(unseen.unsqueeze(3), 0.0), part.lse.masked_fill(unseen, -torch.inf)
-    )
-
-
-def combined(parts: list[Partial], size: int) -> Partial:
-    """The merge of partials [n * size, Hkv, rows, d] over pieces of the same items: [size, ...]."""
-    o, lse = parts[0]
-    if len(parts) > 1:
-        o, lse = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    if len(lse) == size:
-        return Partial(o, lse)
-    o, lse = o.unflatten(0, (-1, size)), lse.unflatten(0, (-1, size))
-    total = torch.logsumexp(lse, dim=0)
-    weight = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))
-    return Partial(torch.einsum("nshr,nshrd->shrd", weight, o.to(weight.dtype)), total)
-
-
-def compute_dtype(q: torch.Tensor) -> torch.dtype:
+def _compute_dtype(q: torch.Tensor) -> torch.dtype:
     """Half-precision products are slow on CPUs that have no instructions for them."""
     if q.dtype == torch.float16 and q.device.type == "cpu" and not _HAS_FLOAT16:
         return torch.float32
@@ -105,6 +92,12 @@ def compute_dtype(q: torch.Tensor) -> torch.dtype:
 
 
 _HAS_FLOAT16 = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _fused(

@@ -11,7 +11,7 @@ from attention.forest import Int64Array
 from attention.problem import Problem
 from attention.ranges import expand
 from attention.segments import Segments
-from attention.torch_backend.batches import GROUP_BYTES, MAX_QUERIES
+from attention.torch_backend.batches import GATHER_BYTES, MAX_QUERIES
 from attention.torch_backend.groups import Gathered, Group, additive
 
 
@@ -91,7 +91,7 @@ class Tail:
         if log_weight:
             weights = torch.full((len(slots),), log_weight, dtype=problem.precision)
             weights = weights.to(problem.device)
-        size = max(1, min(GROUP_BYTES // (tokens * problem.token_bytes), MAX_QUERIES))
+        size = max(1, min(GATHER_BYTES // (tokens * problem.token_bytes), MAX_QUERIES))
         groups = []
         for begin in range(0, len(slots), size):
             end = min(begin + size, len(slots))

@@ -12,11 +12,10 @@ from attention.options import RunOptions
 from attention.problem import Problem
 from attention.segments import Segments
 from attention.torch_backend.batches import make_batches
-from attention.torch_backend.execute import execute
+from attention.torch_backend.execute import execute, layer_of
 from attention.torch_backend.groups import make_groups
 from attention.torch_backend.invariant import add_up, invariant_groups
 from attention.torch_backend.items import work_items
-from attention.torch_backend.layer import layer_of
 from attention.torch_backend.tail import Tail
 
 

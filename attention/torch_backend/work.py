@@ -59,9 +59,12 @@ class TorchWork:
         self._position = torch.from_numpy(position).to(problem.device)
         if problem.batch_invariant:
             self.groups = invariant_groups(problem, segments, query)
+            self._tokens_loaded = sum(group.size * group.tokens for group in self.groups)
             return
         views, gathers = make_batches(problem, segments, self.items, _kinds(segments))
         self.groups = make_groups(problem, segments, query, views, gathers)
+        loaded = (views.batches.items.kv_len, gathers.batches.items.kv_len)
+        self._tokens_loaded = sum(int(tokens.sum()) for tokens in loaded)
 
     def advance(self, slots: npt.NDArray[Any] | torch.Tensor) -> None:
         """Let every sequence grow by one token, and its query move on to it.
@@ -108,7 +111,7 @@ class TorchWork:
         """The batched calls; padding is no token, and nothing waits for a later merge."""
         return WorkSummary(
             units=(("work items", len(self.items.kv_len)), ("batched calls", len(self.groups))),
-            kv_tokens_loaded=int(self.items.kv_len.sum()),
+            kv_tokens_loaded=self._tokens_loaded,
             partials=0,
         )
 

@@ -68,8 +68,8 @@ class Columns:
             self._array[begin : begin + len(values)] = _as_int32(values)
         if self._host is not self._tensor:
             self._tensor[: self._staged].copy_(self._host, non_blocking=True)
-            self._uploaded = torch.cuda.Event()
-            self._uploaded.record()
+            # The stream of the copy: that of the tensor's device, which may not be the current one.
+            self._uploaded = torch.cuda.current_stream(self._tensor.device).record_event()
 
     def patch(self, changes: list[Change]) -> None:
         """Overwrite elements of columns on the device."""
@@ -86,8 +86,13 @@ class Columns:
             places[begin:end] = self._begin[name] + index
             contents[begin:end] = _as_int32(values)
         # The allocator of pinned memory keeps the patch until it has been copied.
-        on_device = patch.to(self._tensor.device, non_blocking=True)
-        self._tensor.index_copy_(0, on_device[0], on_device[1])
+        scatter(self._tensor, patch.to(self._tensor.device, non_blocking=True))
+
+
+def scatter(into: torch.Tensor, patch: torch.Tensor) -> None:
+    """Overwrite elements of `into`: places, no one twice, and contents are the rows of `patch`."""
+    places, contents = patch
+    into.index_copy_(0, places.long(), contents)
 
 
 def _as_int32(values: Values) -> Values:

@@ -35,7 +35,7 @@ class Columns:
         if device.type == "cpu":
             self._host = self._tensor
         else:
-            self._host = torch.zeros(self._staged, dtype=torch.int32, pin_memory=True)
+            self._host = _pinned(self._staged)
         self._array: Int32Array = self._host.numpy()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -78,7 +78,7 @@ class Columns:
                 self._array[self._begin[name] + index] = _as_int32(values)
             return
         total = sum(len(index) for _, index, _ in changes)
-        patch = torch.empty((2, total), dtype=torch.int32, pin_memory=True)
+        patch = _pinned(2, total)
         places, contents = patch.numpy()
         end = 0
         for name, index, values in changes:
@@ -93,6 +93,10 @@ def scatter(into: torch.Tensor, patch: torch.Tensor) -> None:
     """Overwrite elements of `into`: places, no one twice, and contents are the rows of `patch`."""
     places, contents = patch
     into.index_copy_(0, places.long(), contents)
+
+
+def _pinned(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, pin_memory=True)
 
 
 def _as_int32(values: Values) -> Values:

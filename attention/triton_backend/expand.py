@@ -1,5 +1,6 @@
 """Entries from pieces, on a GPU: the host has nothing to do for each block of the KV."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +15,7 @@ _BLOCK = 256  # entries that a program writes
 
 
 def expand_on_device(
-    pieces: dict[str, torch.Tensor],
+    pieces: Mapping[str, torch.Tensor | None],
     num_pieces: int,
     blocks: torch.Tensor,
     block_size: int,
@@ -29,7 +30,7 @@ def expand_on_device(
 
 
 def arguments_of(
-    pieces: dict[str, torch.Tensor],
+    pieces: Mapping[str, torch.Tensor | None],
     num_pieces: int,
     blocks: torch.Tensor,
     block_size: int,

@@ -1,5 +1,7 @@
 """Plans that may advance: which ones, and which segments their rows grow at the end of."""
 
+from numbers import Integral
+
 import numpy as np
 
 from attention.errors import PlanMismatch
@@ -15,8 +17,8 @@ def check_reserve(problem: Problem, segments: Segments, reserve: int) -> None:
     What a query sees of its segments must not change by its moving on, so none may stand before
     the last token of one. O(M log M + R).
     """
-    if reserve < 0:
-        raise PlanMismatch(f"reserve is {reserve}, expected at least 0")
+    if not isinstance(reserve, Integral) or reserve < 0:
+        raise PlanMismatch(f"reserve is {reserve!r}, expected an integer, at least 0")
     if not reserve:
         return
     if problem.batch_invariant:

@@ -209,8 +209,9 @@ def test_only_single_queries_reserve() -> None:
     for make in (TritonWork, TorchWork):
         with pytest.raises(PlanMismatch, match="reserve is 2 and a query at position 9 is before"):
             make(problem_of(), inside, 2)
-    with pytest.raises(PlanMismatch, match=r"reserve is -1, expected at least 0"):
-        TritonWork(problem_of(), decode_batch([1]), -1, shape=SHAPE)
+    for reserve in (-1, 1.5):
+        with pytest.raises(PlanMismatch, match=f"reserve is {reserve}, expected an integer, at"):
+            TritonWork(problem_of(), decode_batch([1]), reserve, shape=SHAPE)
 
 
 def test_bad_slots_change_nothing() -> None:

@@ -1,6 +1,7 @@
 """The nodes under a batch of sequences, as plain arrays: everything attention knows of a tree."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
@@ -149,8 +150,8 @@ class NodeArrays(Protocol):
 
 def check_nodes(nodes: NodeArrays, num_nodes: int, num_blocks: int | None) -> None:
     """Raise InvalidForest where lengths, offsets and blocks of nodes contradict each other."""
-    if nodes.block_size < 1:
-        raise InvalidForest(f"block_size is {nodes.block_size}, expected at least 1")
+    if not isinstance(nodes.block_size, Integral) or nodes.block_size < 1:
+        raise InvalidForest(f"block_size is {nodes.block_size!r}, expected an integer, at least 1")
     check_shape("length", nodes.length, num_nodes)
     check_shape("offset", nodes.offset, num_nodes)
     check_shape("block_ptr", nodes.block_ptr, num_nodes + 1)

@@ -30,6 +30,8 @@ def check_option(
     error: type[ValueError],
 ) -> None:
     """Raise `error` unless a tensor is contiguous float32 of one of the shapes, on the device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise error(f"{name} is {tensor!r}, expected a tensor")
     if tensor.shape not in shapes:
         expected = " or ".join(map(str, shapes))
         raise error(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")

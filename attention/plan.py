@@ -202,8 +202,9 @@ def plan(
             and the other is added to them, so that exp(log_weight) weighs the node (1 and 0 by
             default).
         batch_invariant: the results of a sequence have the same bits whatever else is planned.
-        reserve: how often the plan can be advanced; more than 0 for sequences of one query only,
-            and not for the backend "reference".
+        reserve: how often the plan can be advanced; more than 0 only for sequences of one query,
+            that sees all their tokens, and not for the backend "reference" or batch-invariant
+            plans. New tokens have the temperature and log-weight of the node before them.
         backend: "triton" (kernels for CUDA of compute capability 8.0 and ROCm gfx9xx, or on the
             CPU under TRITON_INTERPRET=1), "torch" (torch operations, any device) or "reference"
             (float64, one query at a time, any device: what the others are held to). By default

@@ -9,7 +9,7 @@ import torch
 from attention.errors import PlanExhausted, PlanMismatch
 from attention.forest import Int64Array
 from attention.problem import Problem
-from attention.ranges import expand
+from attention.reserve import check_reserve, grown_segments
 from attention.segments import Segments
 from attention.torch_backend.batches import GATHER_BYTES, MAX_QUERIES
 from attention.torch_backend.groups import Gathered, Group, additive
@@ -28,23 +28,14 @@ class Tail:
     def __init__(self, problem: Problem, segments: Segments, reserve: int) -> None:
         """Begin with no token.
 
-        Raises PlanMismatch where a reserve is no number, or not every sequence has one row.
+        Raises PlanMismatch for what `check_reserve` does not let advance.
         """
-        if reserve < 0:
-            raise PlanMismatch(f"reserve is {reserve}, expected at least 0")
-        queries, rows = segments.num_queries, len(segments.query)
-        if reserve and not queries == rows == len(segments.run_end):
-            raise PlanMismatch(
-                f"reserve is {reserve} for {queries} queries of {len(segments.run_end)} sequences "
-                f"in {rows} places, expected 0: only sequences with one query in one place advance"
-            )
-        if reserve and problem.batch_invariant:
-            raise PlanMismatch(f"reserve is {reserve}, expected 0 in a batch-invariant plan")
+        check_reserve(problem, segments, reserve)
         self.groups: list[Group] = []
         self.position = segments.position
         self._problem = problem
         self._query = segments.query
-        self._slots = np.empty((rows if reserve else 0, reserve), np.int64)
+        self._slots = np.empty((len(segments.query) if reserve else 0, reserve), np.int64)
         self._tokens = 0
         self._parts = _parts(segments) if reserve else []
 
@@ -131,12 +122,7 @@ def _parts(segments: Segments) -> list[tuple[Int64Array | None, float, float]]:
     """Rows that grow at the end of segments of one temperature and weight; None for all."""
     if segments.temperature is None and segments.log_weight is None:
         return [(None, 1.0, 0.0)]
-    # The deepest segment of a row is that of its last round.
-    by_round = np.argsort(segments.round, kind="stable")
-    count = (segments.row_end - segments.row_begin)[by_round]
-    index, ordinal = expand(count)
-    last = np.empty(len(segments.query), np.int64)
-    last[segments.row_begin[by_round][index] + ordinal] = by_round[index]
+    last = grown_segments(segments)
     columns = np.stack(
         [
             np.full(len(last), default) if values is None else values[last]

@@ -27,7 +27,7 @@ class TorchWork:
     def __init__(self, problem: Problem, segments: Segments, reserve: int = 0) -> None:
         """Plan the work on segments, which `advance` may grow `reserve` times.
 
-        Raises PlanMismatch where reserve is not 0 and a sequence has not one query in one place.
+        Raises PlanMismatch for segments that `check_reserve` does not let advance.
         """
         self.problem = problem
         self._reserve = reserve

@@ -35,7 +35,7 @@ class Columns:
         if device.type == "cpu":
             self._host = self._tensor
         else:
-            self._host = torch.zeros(self._staged, dtype=torch.int32, pin_memory=True)
+            self._host = _pinned(self._staged)
         self._array: Int32Array = self._host.numpy()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -68,8 +68,8 @@ class Columns:
             self._array[begin : begin + len(values)] = _as_int32(values)
         if self._host is not self._tensor:
             self._tensor[: self._staged].copy_(self._host, non_blocking=True)
-            self._uploaded = torch.cuda.Event()
-            self._uploaded.record()
+            # The stream of the copy: that of the tensor's device, which may not be the current one.
+            self._uploaded = torch.cuda.current_stream(self._tensor.device).record_event()
 
     def patch(self, changes: list[Change]) -> None:
         """Overwrite elements of columns on the device."""
@@ -82,7 +82,7 @@ class Columns:
                     self._array[begin + index] = _as_int32(values)
             return
         total = sum(len(values) for _, _, values in changes)
-        patch = torch.empty((2, total), dtype=torch.int32, pin_memory=True)
+        patch = _pinned(2, total)
         places, contents = patch.numpy()
         end = 0
         for name, index, values in changes:
@@ -91,8 +91,17 @@ class Columns:
             places[begin:end] += self._begin[name]
             contents[begin:end] = _as_int32(values)
         # The allocator of pinned memory keeps the patch until it has been copied.
-        on_device = patch.to(self._tensor.device, non_blocking=True)
-        self._tensor.index_copy_(0, on_device[0].long(), on_device[1])
+        scatter(self._tensor, patch.to(self._tensor.device, non_blocking=True))
+
+
+def scatter(into: torch.Tensor, patch: torch.Tensor) -> None:
+    """Overwrite elements of `into`: places, no one twice, and contents are the rows of `patch`."""
+    places, contents = patch
+    into.index_copy_(0, places.long(), contents)
+
+
+def _pinned(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, pin_memory=True)
 
 
 def _as_int32(values: Values) -> Values:

@@ -1,5 +1,9 @@
 """Entries from pieces, on a GPU: the host has nothing to do for each block of the KV."""
 
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +15,7 @@ _BLOCK = 256  # entries that a program writes
 
 
 def expand_on_device(
-    pieces: dict[str, torch.Tensor],
+    pieces: Mapping[str, torch.Tensor | None],
     num_pieces: int,
     blocks: torch.Tensor,
     block_size: int,
@@ -19,27 +23,37 @@ def expand_on_device(
     num_entries: int,
 ) -> None:
     """Write the entries of pieces: columns of `PieceColumns` as int32 and float32 tensors."""
-    absent = entries.slot
-    _expand[(triton.cdiv(num_entries, _BLOCK),)](
-        *(pieces[name] for name in PieceColumns._fields[:9]),
-        pieces.get("scale", absent),
-        pieces.get("bias", absent),
-        blocks,
-        *entries[:5],
-        absent if entries.scale is None else entries.scale,
-        absent if entries.bias is None else entries.bias,
-        num_pieces,
-        num_entries,
-        block_size,
-        STEPS=num_pieces.bit_length(),
-        HAS_SCALE=entries.scale is not None,
-        HAS_BIAS=entries.bias is not None,
-        BLOCK=_BLOCK,
-    )
+    with torch.cuda.device(blocks.device) if blocks.is_cuda else nullcontext():
+        expand_kernel[(triton.cdiv(num_entries, _BLOCK),)](
+            **arguments_of(pieces, num_pieces, blocks, block_size, entries, num_entries)
+        )
 
 
-@triton.jit
-def _expand(
+def arguments_of(
+    pieces: Mapping[str, torch.Tensor | None],
+    num_pieces: int,
+    blocks: torch.Tensor,
+    block_size: int,
+    entries: Entries,
+    num_entries: int,
+) -> dict[str, Any]:
+    """What the kernel is called with."""
+    return {
+        **{f"piece_{name}": pieces.get(name) for name in PieceColumns._fields},
+        "blocks": blocks,
+        **{f"entry_{name}": column for name, column in entries._asdict().items()},
+        "num_pieces": num_pieces,
+        "num_entries": num_entries,
+        "block_size": block_size,
+        "steps": num_pieces.bit_length(),
+        "BLOCK": _BLOCK,
+        "num_warps": 4,
+    }
+
+
+# Sizes differ from step to step, and none is worth a variant of its own.
+@triton.jit(do_not_specialize=["num_pieces", "num_entries", "steps"])
+def expand_kernel(
     piece_entry,
     piece_entries,
     piece_log2_width,
@@ -62,16 +76,15 @@ def _expand(
     num_pieces,
     num_entries,
     block_size,
-    STEPS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    steps,
     BLOCK: tl.constexpr,
 ):
+    """Grid: blocks of entries; what is None is not there."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # The last piece that begins at or before each entry, by halving.
     piece = tl.full([BLOCK], 0, tl.int32)
     behind = piece + num_pieces
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (piece + behind) // 2
         before = tl.load(piece_entry + middle) <= entry
         piece = tl.where(before, middle, piece)
@@ -92,7 +105,7 @@ def _expand(
     tl.store(entry_position + entry, position, mask=used)
     tl.store(entry_row_begin + entry, tl.load(piece_row_begin + piece), mask=used)
     tl.store(entry_row_end + entry, tl.load(piece_row_end + piece), mask=used)
-    if HAS_SCALE:
+    if entry_scale is not None:
         tl.store(entry_scale + entry, tl.load(piece_scale + piece), mask=used)
-    if HAS_BIAS:
+    if entry_bias is not None:
         tl.store(entry_bias + entry, tl.load(piece_bias + piece), mask=used)

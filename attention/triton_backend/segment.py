@@ -85,7 +85,7 @@ def segment(
     head = kv_head * GROUP + member
     query = tl.load(row_query + row, mask=real, other=0).to(tl.int64)
     own = tl.load(row_position + row, mask=real, other=0)
-    q_row = q + query * q_stride_query + head * q_stride_head
+    q_row = q + query * q_stride_query + head.to(tl.int64) * q_stride_head
     q1 = _columns(q_row, real, 0, D1, HEAD_DIM)
     q2 = None
     if D2 > 0:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from attention.forest import Int64Array
-from attention.segments import Segments
+from attention.reserve import grown_segments
+from attention.segments import FloatArray, Segments
 from attention.triton_backend.lists import Pieces, TileLists
 from attention.triton_backend.tiling import Tiling
 
@@ -37,7 +38,8 @@ class Tails(NamedTuple):
 def with_tails(segments: Segments) -> Segments:
     """The segments, and behind them an empty one for each row without a tail of its own.
 
-    A row's own tail is the segment that it alone reads and that ends with its position.
+    A row's own tail is the segment that it alone reads and that ends with its position. An empty
+    one has the temperature and weight of what it is behind.
     """
     owned = np.zeros(len(segments.position), np.bool_)
     owned[segments.row_begin[own_tails(segments)]] = True
@@ -50,7 +52,9 @@ def with_tails(segments: Segments) -> Segments:
     def appended(column: Int64Array, values: Int64Array) -> Int64Array:
         return np.concatenate((column, values))
 
-    ones = np.ones(count, np.float32)
+    def weights(column: FloatArray | None) -> FloatArray | None:
+        return None if column is None else np.append(column, column[grown_segments(segments)[row]])
+
     return segments._replace(
         node=appended(segments.node, zeros - 1),
         start=appended(segments.start, segments.position[row] + 1),
@@ -60,12 +64,8 @@ def with_tails(segments: Segments) -> Segments:
         row_begin=appended(segments.row_begin, row),
         row_end=appended(segments.row_end, row + 1),
         round=appended(segments.round, zeros + segments.round.max() + 1),
-        temperature=None
-        if segments.temperature is None
-        else np.concatenate((segments.temperature, ones)),
-        log_weight=None
-        if segments.log_weight is None
-        else np.concatenate((segments.log_weight, ones - 1)),
+        temperature=weights(segments.temperature),
+        log_weight=weights(segments.log_weight),
     )
 
 

@@ -8,10 +8,11 @@ import torch
 
 from attention.algebra import Partial
 from attention.counting import pairs_seen, tokens_per_path, tokens_read
-from attention.errors import PlanExhausted, PlanFull, PlanMismatch
+from attention.errors import PlanExhausted, PlanFull
 from attention.explain import WorkSummary
 from attention.options import RunOptions
 from attention.problem import Problem
+from attention.reserve import check_reserve
 from attention.segments import Segments
 from attention.triton_backend.buffers import Columns, Values
 from attention.triton_backend.cost import costs, device_of, predict
@@ -89,10 +90,10 @@ class TritonWork:
             shape: of the schedule, by default that for the problem's device.
 
         Raises:
-            PlanMismatch: the kernels do not compute the problem, or reserve is not 0 and a
-                sequence has another number of queries than one.
+            PlanMismatch: the kernels do not compute the problem, or `check_reserve` does not let
+                the segments advance.
         """
-        _check_reserve(problem, segments, reserve)
+        check_reserve(problem, segments, reserve)
         self.problem = problem
         self._reserve = reserve
         self._captured_queries: int | None = None  # the fewest that a captured run has
@@ -168,7 +169,7 @@ class TritonWork:
             PlanFull: they do not fit, or a captured run had fewer queries. The schedule is left
                 as it was.
         """
-        _check_reserve(self.problem, segments, self._reserve)
+        check_reserve(self.problem, segments, self._reserve)
         if self._captured_queries is not None and segments.num_queries > self._captured_queries:
             raise PlanFull(
                 f"there are {segments.num_queries} queries, a captured run of the plan has "
@@ -241,9 +242,9 @@ class TritonWork:
         if on_gpu:
             expand_on_device(
                 {
-                    name: columns[f"pieces.{name}"]
-                    for name in PieceColumns._fields
-                    if f"pieces.{name}" in columns
+                    **{name: columns[f"pieces.{name}"] for name in PieceColumns._fields[:-2]},
+                    "scale": _floats(columns, "pieces.scale"),
+                    "bias": _floats(columns, "pieces.bias"),
                 },
                 len(pieces.entry),
                 columns["blocks"],
@@ -291,9 +292,6 @@ def _make_columns(problem: Problem, plan: UnitPlan) -> Columns:
 
 
 def _schedule(columns: Columns, kinds: tuple[int, ...], plan: UnitPlan) -> Schedule:
-    def optional(name: str) -> torch.Tensor | None:
-        return columns[name].view(torch.float32) if name in columns else None
-
     def required(prefix: str, *names: str) -> dict[str, torch.Tensor]:
         return {name: columns[f"{prefix}.{name}"] for name in names}
 
@@ -301,8 +299,8 @@ def _schedule(columns: Columns, kinds: tuple[int, ...], plan: UnitPlan) -> Sched
         rows=Rows(**required("rows", *Rows._fields)),
         entries=Entries(
             **required("entries", *Entries._fields[:5]),
-            scale=optional("entries.scale"),
-            bias=optional("entries.bias"),
+            scale=_floats(columns, "entries.scale"),
+            bias=_floats(columns, "entries.bias"),
         ),
         units=tuple(
             Units(**required(_units(kind), *Units._fields[:-1]), rows_per_tile=kind)
@@ -311,6 +309,10 @@ def _schedule(columns: Columns, kinds: tuple[int, ...], plan: UnitPlan) -> Sched
         merges=Merges(**required("merges", *Merges._fields)),
         num_partials=_with_room(plan.num_partials),
     )
+
+
+def _floats(columns: Columns, name: str) -> torch.Tensor | None:
+    return columns[name].view(torch.float32) if name in columns else None
 
 
 def _entry_names(segments: Segments) -> list[str]:
@@ -340,16 +342,3 @@ def _is_captured(q: torch.Tensor) -> bool:
 def _with_room(size: int) -> int:
     """A quarter more, so that a batch may change a little without new tensors."""
     return size + size // 4 + -(size + size // 4) % 64
-
-
-def _check_reserve(problem: Problem, segments: Segments, reserve: int) -> None:
-    if reserve < 0:
-        raise PlanMismatch(f"reserve is {reserve}, expected at least 0")
-    if reserve and problem.batch_invariant:
-        raise PlanMismatch(f"reserve is {reserve}, expected 0 in a batch-invariant plan")
-    queries, rows = segments.num_queries, len(segments.query)
-    if reserve and not queries == rows == len(segments.run_end):
-        raise PlanMismatch(
-            f"reserve is {reserve} for {queries} queries of {len(segments.run_end)} sequences in "
-            f"{rows} places, expected 0: only sequences with one query in one place advance"
-        )

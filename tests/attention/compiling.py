@@ -20,6 +20,9 @@ from attention.algebra import Partial
 from attention.options import RunOptions
 from attention.problem import Problem
 from attention.triton_backend.compile import compile_for
+from attention.triton_backend.entries import PieceColumns
+from attention.triton_backend.expand import arguments_of as expand_arguments
+from attention.triton_backend.expand import expand_kernel
 from attention.triton_backend.launch import merge_arguments, segment_arguments
 from attention.triton_backend.merge import merge
 from attention.triton_backend.segment import segment
@@ -107,6 +110,15 @@ def compiled_write(arch: str, cache_dtype: torch.dtype) -> Any:
     return compile_for(arch, write_kernel, arguments_of(k, k, cache, cache, slots, scale, scale))
 
 
+def compiled_expand(arch: str, *, weighted: bool) -> Any:
+    """The kernel that writes the entries of pieces."""
+    column = torch.zeros(16, dtype=torch.int32)
+    weights = {"scale": torch.zeros(16), "bias": torch.zeros(16)} if weighted else {}
+    pieces = dict.fromkeys(PieceColumns._fields[:9], column) | weights
+    entries = Entries(*[column] * 5, weights.get("scale"), weights.get("bias"))
+    return compile_for(arch, expand_kernel, expand_arguments(pieces, 3, column, 16, entries, 9))
+
+
 def report(kernel: Any) -> dict[str, int]:
     """Shared memory, stack or spilled registers, and how matrices are multiplied and loaded."""
     found = {"shared": kernel.metadata.shared}
@@ -140,6 +152,9 @@ def main(arch: str) -> None:
     for dtype in (BF16, E4M3, E5M2):
         found = report(compiled_write(arch, dtype))
         print(json.dumps({"variant": f"write {dtype}", "write": found}), flush=True)
+    for weighted in (False, True):
+        found = report(compiled_expand(arch, weighted=weighted))
+        print(json.dumps({"variant": f"expand {weighted}", "expand": found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import attention
 from attention import Forest
 from attention.errors import PlanExhausted, PlanFull, PlanMismatch
 from attention.segments import Segments, segments_of
+from attention.torch_backend import TorchWork
 from attention.triton_backend.planner import Shape
 from attention.triton_backend.work import TritonWork
-from tests.attention.strategies import Node, build_forest, forests, with_sequences
+from tests.attention.strategies import Node, build_forest, forests, sets_of, with_sequences
 from tests.attention.test_schedule import FAT, LEAN, check, problem_of, shapes, windows
 
 
@@ -203,8 +204,14 @@ def test_only_single_queries_reserve() -> None:
     forest, _ = build_forest(4, [Node(-1, 9), Node(0, 5)], [(1, 1), (1, 2)])
     with pytest.raises(PlanMismatch, match=r"reserve is 3 for 3 queries of 2 sequences"):
         TritonWork(problem_of(), segments_of(forest), 3, shape=SHAPE)
-    with pytest.raises(PlanMismatch, match=r"reserve is -1, expected at least 0"):
-        TritonWork(problem_of(), decode_batch([1]), -1, shape=SHAPE)
+    forest, _ = build_forest(4, [Node(-1, 20)], [(0, 1)])
+    inside = segments_of(sets_of(forest, [[(0, 0)], [(0, 0)]], [30, 9], [1, 1]))
+    for make in (TritonWork, TorchWork):
+        with pytest.raises(PlanMismatch, match="reserve is 2 and a query at position 9 is before"):
+            make(problem_of(), inside, 2)
+    for reserve in (-1, 1.5):
+        with pytest.raises(PlanMismatch, match=f"reserve is {reserve}, expected an integer, at"):
+            TritonWork(problem_of(), decode_batch([1]), reserve, shape=SHAPE)
 
 
 def test_bad_slots_change_nothing() -> None:

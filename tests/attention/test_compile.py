@@ -41,9 +41,10 @@ def compiled(arch: str, cache_directory: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles_within_the_registers_and_shared_memory(arch: str, tmp_path: Path) -> None:
     variants = compiled(arch, tmp_path)
-    written = [variant for variant in variants if "write" in variant]
-    assert len(written) == 3
-    assert all(variant["write"]["stack"] == 0 for variant in written), written
+    for kernel, count in (("write", 3), ("expand", 2)):
+        found = [variant[kernel] for variant in variants if kernel in variant]
+        assert len(found) == count
+        assert all(of["stack"] == 0 for of in found), found
     attended = [variant for variant in variants if "segment" in variant]
     assert len(attended) == 5
     for variant in attended:

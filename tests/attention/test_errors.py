@@ -83,7 +83,8 @@ BAD_FORESTS: dict[str, tuple[Callable[[Forest], dict[str, Any]], str]] = {
         lambda f: {"start": f.start.astype(np.float64)},
         "start has dtype float64, expected a signed integer",
     ),
-    "no block size": (lambda f: {"block_size": 0}, "block_size is 0, expected at least 1"),
+    "no block size": (lambda f: {"block_size": 0}, "block_size is 0, expected an integer, at le"),
+    "half a token a block": (lambda f: {"block_size": 4.5}, "block_size is 4.5, expected an integ"),
 }
 
 
@@ -230,6 +231,7 @@ def test_tensors_the_plan_was_not_made_for(forest: Forest, what: str) -> None:
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"k_scale": 0.5}, "k_scale is 0.5, expected a tensor"),
     *(
         ({name: value}, rf"{name} is {value}, expected a positive number or None")
         for name in ("scale", "softcap")

@@ -139,6 +139,8 @@ def _check_blocks(state: State, nodes: Int64s) -> None:
             f"block {block} has {pool.refs[block]} references but is on {on_nodes[block]} nodes"
             f" and {aside[block]} times aside"
         )
+    for block in np.flatnonzero(aside > 1):
+        raise BrokenInvariant(f"block {block} was given up {aside[block]} times")
     (several,) = np.nonzero(on_nodes[blocks] > 1)
     places = spans(np.zeros(len(nodes), np.int64), held)
     owners = np.repeat(nodes, held)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import sub
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,7 @@ SECONDS: Bounds = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600
 """From a decode step to a day."""
 
 
-@dataclass(frozen=True, slots=True)
-class Histogram:
+class Histogram(NamedTuple):
     """What was observed, at one moment."""
 
     bounds: Bounds
@@ -41,14 +39,14 @@ class Histogram:
         return cls(bounds, tuple(counts.tolist()), values.sum().item())
 
     @property
-    def count(self) -> int:
-        """How many were observed."""
+    def observed(self) -> int:
+        """How many were."""
         return sum(self.counts)
 
     @property
     def mean(self) -> float:
         """0.0 when nothing was observed."""
-        return self.total / self.count if self.count else 0.0
+        return self.total / self.observed if self.observed else 0.0
 
     def cumulative(self) -> list[int]:
         """[len(bounds) + 1] how many were at most each bound; the last is all of them."""
@@ -57,23 +55,27 @@ class Histogram:
     def since(self, earlier: Histogram) -> Self:
         """What was observed after `earlier`, which has the same bounds, was taken."""
         counts = tuple(map(sub, self.counts, earlier.counts))
-        return replace(self, counts=counts, total=self.total - earlier.total)
+        return self._replace(counts=counts, total=self.total - earlier.total)
 
 
 class Observations:
     """Counts into a histogram, one after the other."""
 
-    __slots__ = ("_bounds", "_counts", "_total")
+    __slots__ = ("_bounds", "_counts", "_known", "_total")
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._total: float = 0
+        self._known: Histogram | None = None
 
     def add(self, value: float, times: int = 1) -> None:
         """O(log bounds) in C."""
         self._counts[bisect_left(self._bounds, value)] += times
         self._total += value * times
+        self._known = None
 
     def histogram(self) -> Histogram:
-        return Histogram(self._bounds, tuple(self._counts), self._total)
+        if self._known is None:
+            self._known = Histogram(self._bounds, tuple(self._counts), self._total)
+        return self._known

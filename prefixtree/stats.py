@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from allocator import InvalidArgument
 from allocator.errors import at_least
@@ -25,8 +25,7 @@ class Counters:
     hit_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(NamedTuple):
     """A snapshot: tokens, nodes and blocks as they are now, events since the cache was made.
 
     Immutable, so any thread may read it.
@@ -166,13 +165,13 @@ class Stats:
                 " cache, taken before"
             )
         happened = tuple(some for some in evictions if any(some[2:]))
-        return replace(self, **counts, **spread, evictions=happened)
+        return self._replace(**counts, **spread, evictions=happened)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain Python values, for `json.dumps`: all fields, and the numbers derived from them."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = self._asdict()
         values["evictions"] = [count._asdict() for count in self.evictions]
-        values.update((name, asdict(values[name])) for name in HISTOGRAMS)
+        values.update((name, values[name]._asdict()) for name in HISTOGRAMS)
         values.update((name, getattr(self, name)) for name in DERIVED)
         return values
 

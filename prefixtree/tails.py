@@ -79,11 +79,9 @@ class Tails:
         return self._freed_by(self._retired.values()) if self._retired else 0
 
     def _freed_by(self, retired: Iterable[Int32s]) -> int:
-        held = list(retired)
-        if not held:
-            return 0
-        blocks, times = np.unique(np.concatenate(held), return_counts=True)
-        return int((self._pool.refs[blocks] == times).sum())
+        # A block is given up once at most: only one tail at a time goes on in it.
+        refs = self._pool.refs
+        return sum(int(np.count_nonzero(refs[blocks] == 1)) for blocks in retired)
 
     def committed(self, tail: int) -> int:
         """Tokens of the sequence whose KV is written."""

@@ -23,6 +23,7 @@ class Pins:
         self._tree = tree
         self._policy = policy
         self._retention = retention
+        self.now = retention.now
         self._order = EvictionOrder(policy)
         self.log = EvictionLog(tree)
         self._tick = 0
@@ -174,10 +175,6 @@ class Pins:
     def evictions(self) -> tuple[EvictionCount, ...]:
         """All that `evict` and `drop` removed, by policy and reason."""
         return tuple(self._evictions.values())
-
-    def now(self) -> float:
-        """The time, in seconds."""
-        return self._retention.now()
 
     @property
     def order(self) -> EvictionOrder:

@@ -157,8 +157,7 @@ class RadixTree:
             nodes.uses,
         ):
             column[node] = 0
-        for moment in (nodes.clock, nodes.made_at, nodes.idle_since):
-            moment[node] = 0.0
+        nodes.clock[node] = nodes.made_at[node] = nodes.idle_since[node] = 0.0
         return node
 
     def add_root(self, namespace: Namespace) -> int:

@@ -70,9 +70,10 @@ class Observations:
         self._known: Histogram | None = None
 
     def add(self, value: float, times: int = 1) -> None:
-        """O(log bounds) in C."""
+        """What is below 0 counts as 0: a clock may go back. O(log bounds) in C."""
         self._counts[bisect_left(self._bounds, value)] += times
-        self._total += value * times
+        if value > 0:
+            self._total += value * times
         self._known = None
 
     def histogram(self) -> Histogram:

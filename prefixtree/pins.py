@@ -23,7 +23,9 @@ class Pins:
         self._tree = tree
         self._policy = policy
         self._retention = retention
-        self.now = retention.now
+        self._now = retention.now
+        self.time = 0.0
+        """The clock's at the last `pin`, in seconds."""
         self._order = EvictionOrder(policy)
         self.log = EvictionLog(tree)
         self._tick = 0
@@ -32,7 +34,7 @@ class Pins:
         self.evicted_tokens = 0
         self.evicted_nodes = 0
         self.trimmed_nodes = 0
-        self._evictions: dict[tuple[str, str], EvictionCount] = {}
+        self._evictions: dict[tuple[str, str], list[int]] = {}  # see `_evicted`
         self.reuse_gaps = Observations(SECONDS)
         self.idle_times = Observations(SECONDS)
         self.lifetimes = Observations(SECONDS)
@@ -42,7 +44,7 @@ class Pins:
         tree, nodes = self._tree, self._tree.nodes
         planted = np.flatnonzero(np.asarray(nodes.length))
         self._tick = int(np.asarray(nodes.last_used)[planted].max(initial=0))
-        now = self.now()
+        now = self._now()
         for moment in (nodes.made_at, nodes.idle_since):
             np.asarray(moment)[planted] = now
         self.evictable_tokens = tree.cached_tokens
@@ -54,8 +56,9 @@ class Pins:
     def pin(self, node: int, by: int = 1) -> None:
         """Pins the path to `node` for `by` more sequences. O(depth)."""
         nodes = self._tree.nodes
+        self.time = self._now()
         if nodes.length[node] and not nodes.pins[node]:
-            self.reuse_gaps.add(max(0.0, self.now() - nodes.idle_since[node]))
+            self.reuse_gaps.add(self.time - nodes.idle_since[node])
         while node != ROOT:
             if not nodes.pins[node]:
                 self._count(node, -1)
@@ -70,7 +73,7 @@ class Pins:
         nodes = self._tree.nodes
         self._tick += 1
         # No node above has fewer pins.
-        now = self.now() if nodes.pins[node] == 1 else 0.0
+        now = self._now() if nodes.pins[node] == 1 else 0.0
         while node != ROOT:
             parent = nodes.parent[node]
             nodes.pins[node] -= 1
@@ -132,13 +135,13 @@ class Pins:
         """
         tree, nodes = self._tree, self._tree.nodes
         self.end_retention()
-        now, before = self.now(), self._evicted()
+        now, before = self._now(), self._evicted()
         held: list[Int32s] = []
         while self._order and num_blocks > 0:
             leaf = self._order.first()
             own, size = tree.own_blocks(leaf), nodes.length[leaf]
-            self.idle_times.add(max(0.0, now - nodes.idle_since[leaf]))
-            self.lifetimes.add(max(0.0, now - nodes.made_at[leaf]), min(own, num_blocks))
+            self.idle_times.add(now - nodes.idle_since[leaf])
+            self.lifetimes.add(now - nodes.made_at[leaf], own if own < num_blocks else num_blocks)
             kept = (tree.blocks.size[leaf] - num_blocks) * tree.block_size - nodes.offset[leaf]
             if num_blocks <= own and kept > 0:
                 token = tree.token(leaf, kept)
@@ -161,7 +164,7 @@ class Pins:
         Returns the blocks to let go of, as `evict`.
         """
         tree, nodes = self._tree, self._tree.nodes
-        now, before = self.now(), self._evicted()
+        now, before = self._now(), self._evicted()
         held: list[Int32s] = []
         for node in below[np.asarray(nodes.pins)[below] == 0].tolist():
             parent, token = nodes.parent[node], tree.token(node, 0)
@@ -174,7 +177,10 @@ class Pins:
 
     def evictions(self) -> tuple[EvictionCount, ...]:
         """All that `evict` and `drop` removed, by policy and reason."""
-        return tuple(self._evictions.values())
+        return tuple(
+            EvictionCount(policy, reason, *counts)
+            for (policy, reason), counts in self._evictions.items()
+        )
 
     @property
     def order(self) -> EvictionOrder:
@@ -240,11 +246,11 @@ class Pins:
         return self.evicted_nodes, self.trimmed_nodes, self.evicted_tokens, -self.evictable_blocks
 
     def _count_evictions(self, policy: str, reason: str, before: tuple[int, int, int, int]) -> None:
-        key, now = (policy, reason), self._evicted()
+        now = self._evicted()
         if now != before:
-            known = self._evictions.get(key, EvictionCount(policy, reason))[2:]
-            counts = (old + new - past for old, new, past in zip(known, now, before, strict=True))
-            self._evictions[key] = EvictionCount(policy, reason, *counts)
+            counts = self._evictions.setdefault((policy, reason), [0, 0, 0, 0])
+            for at in range(4):
+                counts[at] += now[at] - before[at]
 
     def _count(self, node: int, sign: int) -> None:
         self.evictable_tokens += sign * self._tree.nodes.length[node]

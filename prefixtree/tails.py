@@ -58,7 +58,7 @@ class Tails:
         self._serial += 1
         tail = tree.add(node, writer=self._serial)
         tree.nodes.pins[tail] = 1
-        tree.nodes.made_at[tail] = self._pins.now()
+        tree.nodes.made_at[tail] = self._pins.time
         self.logical_tokens += tree.nodes.start[tail]
         self._refill(tail, tokens)
         return tail
@@ -272,8 +272,9 @@ class Tails:
         """Ends the sequence: its committed tokens stay as an ordinary node, unpinned."""
         tree, nodes = self._tree, self._tree.nodes
         self.settle_one(tail)
-        self.truncate(tail, tree.end(tail))
-        self.logical_tokens -= tree.end(tail)
+        end = tree.end(tail)
+        self.truncate(tail, end)
+        self.logical_tokens -= end
         node = tail
         if nodes.linked[tail]:
             tree.freeze(tail)

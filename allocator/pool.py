@@ -49,6 +49,11 @@ class BlockPool:
         """Blocks without a reference. O(1)."""
         return self._free.total
 
+    @property
+    def num_free_extents(self) -> int:
+        """Runs of consecutive free blocks. O(1)."""
+        return len(self._free)
+
     def allocate(self, count: int, after: int | None = None) -> Int32s:
         """Hands out `count` free blocks, int32 [count], each with one reference.
 

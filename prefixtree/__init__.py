@@ -25,12 +25,14 @@ from prefixtree.errors import (
     SequenceClosed,
     SlotRange,
 )
-from prefixtree.evictions import Evicted, Eviction
+from prefixtree.evictions import Evicted, Eviction, EvictionCount
 from prefixtree.explain import Explanation, Why
 from prefixtree.forest import Forest
+from prefixtree.histogram import Histogram
 from prefixtree.sequence import Sequence
 from prefixtree.stats import Stats
 from prefixtree.view import NodeView, TreeView
+from prefixtree.view_summary import TreeSummary
 
 __all__ = [
     "Batch",
@@ -40,9 +42,11 @@ __all__ = [
     "DecodeFailed",
     "Evicted",
     "Eviction",
+    "EvictionCount",
     "Explanation",
     "Forest",
     "Forgotten",
+    "Histogram",
     "InvalidBatch",
     "InvalidLength",
     "InvalidNamespace",
@@ -65,6 +69,7 @@ __all__ = [
     "SequenceClosed",
     "SlotRange",
     "Stats",
+    "TreeSummary",
     "TreeView",
     "Why",
 ]

@@ -22,7 +22,7 @@ from allocator import (
 )
 from allocator.errors import as_integer, at_least
 from prefixtree.batch import Batch
-from prefixtree.check import State, check, check_sample
+from prefixtree.check import State, TokenSums, check, check_sample
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.errors import (
     InvalidBatch,
@@ -40,6 +40,7 @@ from prefixtree.evictions import Evicted, Eviction
 from prefixtree.explain import Explanation, explain
 from prefixtree.forest import Forest, build_forest
 from prefixtree.guard import guarded
+from prefixtree.histogram import TOKENS, Observations
 from prefixtree.pins import Pins
 from prefixtree.retention import Retention
 from prefixtree.sequence import Sequence
@@ -140,8 +141,10 @@ class PrefixCache:
         self._pins = Pins(self._tree, self._policy, self._retention)
         self._tails = Tails(self._tree, self._pool, self._pins)
         self._counters = Counters()
+        self._match_lengths = Observations(TOKENS)
         self._open: dict[int, int] = {}  # serial number to tail
         self._kept: list[int] = []  # nodes pinned for good, once for each pin
+        self._kept_tokens = 0  # of their paths
         self._prefilling: dict[int, int] = {}  # tails with a prompt not committed whole: its length
 
     @property
@@ -197,6 +200,7 @@ class PrefixCache:
         self._counters.opens += 1
         self._counters.query_tokens += len(prompt)
         self._counters.hit_tokens += cached_len
+        self._match_lengths.add(cached_len)
         return self._handle(tail, namespace, cached_len, fork_len=0)
 
     @guarded
@@ -209,6 +213,7 @@ class PrefixCache:
         node = self._tails.land(place)
         self._pins.pin(node)
         self._kept.append(node)
+        self._kept_tokens += place.matched
         return Pin(self, node, place.matched)
 
     @guarded
@@ -409,25 +414,36 @@ class PrefixCache:
 
     @guarded
     def stats(self) -> Stats:
-        tree, pins = self._tree, self._pins
-        tails = np.fromiter(self._open.values(), np.int64, len(self._open))
-        starts, sizes = np.asarray(tree.nodes.start), np.asarray(tree.tail_tokens.size)
-        linked = int((np.asarray(tree.nodes.linked)[tails]).sum())
+        """The numbers of now. Cheap enough for every step: O(1), but for O(retired_blocks)."""
+        tree, pins, tails = self._tree, self._pins, self._tails
         return Stats(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
+            reserved_blocks=len(self._reserved),
             free_blocks=self._pool.num_free,
+            free_extents=self._pool.num_free_extents,
             evictable_blocks=pins.evictable_blocks,
-            retired_blocks=self._tails.retired_by(tails),
+            retired_blocks=tails.retired_blocks(),
             cached_tokens=tree.cached_tokens,
             pinned_tokens=tree.cached_tokens - pins.evictable_tokens,
             evictable_tokens=pins.evictable_tokens,
-            nodes=len(tree.nodes) - tree.num_roots - len(tails) + linked,
-            open_sequences=len(tails),
-            logical_tokens=int((starts[tails] + sizes[tails]).sum()),
+            pending_tokens=tails.pending_tokens,
+            nodes=tree.num_edges,
+            open_sequences=len(self._open),
+            prefilling_sequences=len(self._prefilling),
+            logical_tokens=tails.logical_tokens,
+            kept_prefixes=len(self._kept),
+            kept_tokens=self._kept_tokens,
+            joins=tails.joins,
+            joined_tokens=tails.joined_tokens,
             evicted_tokens=pins.evicted_tokens,
             evicted_nodes=pins.evicted_nodes,
             trimmed_nodes=pins.trimmed_nodes,
+            evictions=pins.evictions(),
+            match_lengths=self._match_lengths.histogram(),
+            reuse_gaps=pins.reuse_gaps.histogram(),
+            idle_times=pins.idle_times.histogram(),
+            block_lifetimes=pins.lifetimes.histogram(),
             **vars(self._counters),
         )
 
@@ -506,7 +522,9 @@ class PrefixCache:
 
     def _state(self) -> State:
         aside = np.concatenate([self._reserved, self._tails.retired])
-        return State(self._tree, self._pool, self._pins, self._open, self._kept, aside)
+        tails = self._tails
+        sums = TokenSums(tails.logical_tokens, tails.pending_tokens, self._kept_tokens)
+        return State(self._tree, self._pool, self._pins, self._open, self._kept, aside, sums)
 
     def _find(self, wanted: Int32s, namespace: Namespace) -> Place:
         root = self._tree.root_of(as_namespace(namespace))
@@ -732,11 +750,13 @@ class PrefixCache:
         sequence._tail, sequence._serial = tail, self._tree.nodes.writer[tail]
         self._open[sequence._serial] = tail
         sequence._preempted = None
+        self._counters.resumes += 1
 
     @guarded
     def _unpin(self, pin: Pin) -> None:
         if pin._node < 0:
             raise NotPinned("the prefix is not pinned any more")
+        self._kept_tokens -= self._tree.end(pin._node)
         self._pins.unpin(pin._node)
         self._kept.remove(pin._node)
         pin._node = -1

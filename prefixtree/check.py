@@ -18,6 +18,14 @@ from prefixtree.ragged import spans
 from prefixtree.tree import ROOT, RadixTree
 
 
+class TokenSums(NamedTuple):
+    """Tokens as they are counted on the way, see `Stats`."""
+
+    logical: int
+    pending: int
+    kept: int
+
+
 class State(NamedTuple):
     """All that a cache consists of."""
 
@@ -30,6 +38,7 @@ class State(NamedTuple):
     """Nodes pinned for good, once for each pin."""
     aside: Int32s
     """Blocks that something else than a node holds, once for each reference."""
+    sums: TokenSums
 
 
 def check(state: State) -> None:
@@ -49,6 +58,7 @@ def check(state: State) -> None:
     _check_blocks(state, nodes)
     _check_pins(state, nodes)
     _check_retention(state)
+    _check_sums(state)
 
 
 def check_sample(state: State, size: int, random: np.random.Generator) -> None:
@@ -129,6 +139,8 @@ def _check_blocks(state: State, nodes: Int64s) -> None:
             f"block {block} has {pool.refs[block]} references but is on {on_nodes[block]} nodes"
             f" and {aside[block]} times aside"
         )
+    for block in np.flatnonzero(aside > 1):
+        raise BrokenInvariant(f"block {block} was given up {aside[block]} times")
     (several,) = np.nonzero(on_nodes[blocks] > 1)
     places = spans(np.zeros(len(nodes), np.int64), held)
     owners = np.repeat(nodes, held)
@@ -220,6 +232,23 @@ def _check_pins(state: State, nodes: Int64s) -> None:
         raise BrokenInvariant(f"node {node}, an unpinned leaf, is not in the eviction order")
     for node in np.setdiff1d(ordered, leaves, assume_unique=True):
         raise BrokenInvariant(f"node {node}, in the eviction order, is no unpinned leaf")
+
+
+def _check_sums(state: State) -> None:
+    """The sums over all sequences and pins are those of their paths."""
+    tree, table = state.tree, state.tree.nodes
+    tails = np.fromiter(state.tails.values(), np.int64, len(state.tails))
+    kept = np.array(state.kept, np.int64)
+    start, length = np.asarray(table.start), np.asarray(table.length)
+    size = np.asarray(tree.tail_tokens.size)[tails]
+    recount = TokenSums(
+        logical=int((start[tails] + size).sum()),
+        pending=int((size - length[tails]).sum()),
+        kept=int((start[kept] + length[kept]).sum()),
+    )
+    for name, said, found in zip(TokenSums._fields, state.sums, recount, strict=True):
+        if said != found:
+            raise BrokenInvariant(f"{said} {name} tokens, recount {found}")
 
 
 def _check_retention(state: State) -> None:

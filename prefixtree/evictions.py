@@ -30,6 +30,20 @@ class Eviction(NamedTuple):
     """When, by the cache's clock, in seconds."""
 
 
+class EvictionCount(NamedTuple):
+    """All evictions of one policy for one reason, see `Eviction`."""
+
+    policy: str
+    reason: str
+    nodes: int = 0
+    """Evicted whole."""
+    trimmed: int = 0
+    """Nodes that lost only their tail."""
+    tokens: int = 0
+    blocks: int = 0
+    """That came free."""
+
+
 class Evicted(NamedTuple):
     """What a call of `evict` or `clear` did."""
 

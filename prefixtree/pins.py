@@ -6,7 +6,8 @@ import numpy as np
 
 from allocator import EvictionOrder, EvictionPolicy, Usage
 from prefixtree.columns import Int32s, Int64s
-from prefixtree.evictions import Eviction, EvictionLog
+from prefixtree.evictions import Eviction, EvictionCount, EvictionLog
+from prefixtree.histogram import SECONDS, Observations
 from prefixtree.retention import Retained, Retention
 from prefixtree.tree import ROOT, RadixTree
 
@@ -22,6 +23,9 @@ class Pins:
         self._tree = tree
         self._policy = policy
         self._retention = retention
+        self._now = retention.now
+        self.time = 0.0
+        """The clock's at the last `pin`, in seconds."""
         self._order = EvictionOrder(policy)
         self.log = EvictionLog(tree)
         self._tick = 0
@@ -30,12 +34,19 @@ class Pins:
         self.evicted_tokens = 0
         self.evicted_nodes = 0
         self.trimmed_nodes = 0
+        self._evictions: dict[tuple[str, str], list[int]] = {}  # see `_evicted`
+        self.reuse_gaps = Observations(SECONDS)
+        self.idle_times = Observations(SECONDS)
+        self.lifetimes = Observations(SECONDS)
 
     def adopt(self) -> None:
         """Takes over a tree that was planted: no node is pinned. O(nodes + leaves * log leaves)."""
         tree, nodes = self._tree, self._tree.nodes
         planted = np.flatnonzero(np.asarray(nodes.length))
         self._tick = int(np.asarray(nodes.last_used)[planted].max(initial=0))
+        now = self._now()
+        for moment in (nodes.made_at, nodes.idle_since):
+            np.asarray(moment)[planted] = now
         self.evictable_tokens = tree.cached_tokens
         shared = np.asarray(nodes.shares_first)[planted]
         self.evictable_blocks = int(np.asarray(tree.blocks.size)[planted].sum() - shared.sum())
@@ -45,6 +56,9 @@ class Pins:
     def pin(self, node: int, by: int = 1) -> None:
         """Pins the path to `node` for `by` more sequences. O(depth)."""
         nodes = self._tree.nodes
+        self.time = self._now()
+        if nodes.length[node] and not nodes.pins[node]:
+            self.reuse_gaps.add(self.time - nodes.idle_since[node])
         while node != ROOT:
             if not nodes.pins[node]:
                 self._count(node, -1)
@@ -58,12 +72,15 @@ class Pins:
         """Takes one sequence's pin off the path to `node`. O(depth + log leaves)."""
         nodes = self._tree.nodes
         self._tick += 1
+        # No node above has fewer pins.
+        now = self._now() if nodes.pins[node] == 1 else 0.0
         while node != ROOT:
             parent = nodes.parent[node]
             nodes.pins[node] -= 1
             if not nodes.pins[node]:
                 nodes.last_used[node] = self._tick
                 nodes.clock[node] = self._order.clock
+                nodes.idle_since[node] = now
                 self._count(node, 1)
                 if not nodes.children[node]:
                     self._end_of_use(node)
@@ -118,11 +135,13 @@ class Pins:
         """
         tree, nodes = self._tree, self._tree.nodes
         self.end_retention()
-        now = self._retention.now()
+        now, before = self._now(), self._evicted()
         held: list[Int32s] = []
         while self._order and num_blocks > 0:
             leaf = self._order.first()
             own, size = tree.own_blocks(leaf), nodes.length[leaf]
+            self.idle_times.add(now - nodes.idle_since[leaf])
+            self.lifetimes.add(now - nodes.made_at[leaf], own if own < num_blocks else num_blocks)
             kept = (tree.blocks.size[leaf] - num_blocks) * tree.block_size - nodes.offset[leaf]
             if num_blocks <= own and kept > 0:
                 token = tree.token(leaf, kept)
@@ -136,6 +155,7 @@ class Pins:
             num_blocks -= own
             gone = Eviction(start, size - kept, not kept, reason, self._policy.name, now)
             self.log.add(stays, token, gone)
+        self._count_evictions(self._policy.name, reason, before)
         return np.concatenate(held) if held else np.empty(0, np.int32)
 
     def drop(self, below: Int64s, reason: str) -> Int32s:
@@ -144,7 +164,7 @@ class Pins:
         Returns the blocks to let go of, as `evict`.
         """
         tree, nodes = self._tree, self._tree.nodes
-        now = self._retention.now()
+        now, before = self._now(), self._evicted()
         held: list[Int32s] = []
         for node in below[np.asarray(nodes.pins)[below] == 0].tolist():
             parent, token = nodes.parent[node], tree.token(node, 0)
@@ -152,7 +172,15 @@ class Pins:
             self._order.discard(node)
             held.append(self._remove(node))
             self.log.add(parent, token, gone)
+        self._count_evictions("", reason, before)
         return np.concatenate(held) if held else np.empty(0, np.int32)
+
+    def evictions(self) -> tuple[EvictionCount, ...]:
+        """All that `evict` and `drop` removed, by policy and reason."""
+        return tuple(
+            EvictionCount(policy, reason, *counts)
+            for (policy, reason), counts in self._evictions.items()
+        )
 
     @property
     def order(self) -> EvictionOrder:
@@ -211,6 +239,18 @@ class Pins:
             clock=nodes.clock[node],
             priority=self._retention.priority(node),
         )
+
+    def _evicted(self) -> tuple[int, int, int, int]:
+        """Nodes, trimmed nodes and tokens that have gone, and minus the blocks left to go."""
+        # Of what may be evicted, only an eviction takes anything away without pinning it.
+        return self.evicted_nodes, self.trimmed_nodes, self.evicted_tokens, -self.evictable_blocks
+
+    def _count_evictions(self, policy: str, reason: str, before: tuple[int, int, int, int]) -> None:
+        now = self._evicted()
+        if now != before:
+            counts = self._evictions.setdefault((policy, reason), [0, 0, 0, 0])
+            for at in range(4):
+                counts[at] += now[at] - before[at]
 
     def _count(self, node: int, sign: int) -> None:
         self.evictable_tokens += sign * self._tree.nodes.length[node]

@@ -91,6 +91,8 @@ class Retention:
         when it is too late to refuse that.
         """
         try:
-            return as_real("time", self._clock())
+            time = self._clock()
+            # Asked for several times in each call of the cache, so not checked in full.
+            return time if type(time) is float and math.isfinite(time) else as_real("time", time)
         except Exception as error:
             raise BrokenInvariant(f"the clock failed: {type(error).__name__}: {error}") from error

@@ -7,6 +7,7 @@ blocks enough.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,10 @@ class Tails:
         self._pool = pool
         self._pins = pins
         self._serial = 0
+        self.logical_tokens = 0  # of all open sequences, shared ones counted for each
+        self.pending_tokens = 0  # of these, those that walks do not find yet
+        self.joins = 0
+        self.joined_tokens = 0
         self._retired: dict[int, Int32s] = {}  # tail to the blocks that it will let go of
 
     def start(self, node: int, tokens: Int32s) -> int:
@@ -53,6 +58,8 @@ class Tails:
         self._serial += 1
         tail = tree.add(node, writer=self._serial)
         tree.nodes.pins[tail] = 1
+        tree.nodes.made_at[tail] = self._pins.time
+        self.logical_tokens += tree.nodes.start[tail]
         self._refill(tail, tokens)
         return tail
 
@@ -65,11 +72,16 @@ class Tails:
         """How many blocks come free when these sequences go on."""
         if not self._retired:
             return 0
-        held = [self._retired[tail] for tail in self._retired.keys() & tails.tolist()]
-        if not held:
-            return 0
-        blocks, times = np.unique(np.concatenate(held), return_counts=True)
-        return int((self._pool.refs[blocks] == times).sum())
+        return self._freed_by(self._retired[t] for t in self._retired.keys() & tails.tolist())
+
+    def retired_blocks(self) -> int:
+        """How many blocks come free when all sequences go on."""
+        return self._freed_by(self._retired.values()) if self._retired else 0
+
+    def _freed_by(self, retired: Iterable[Int32s]) -> int:
+        # A block is given up once at most: only one tail at a time goes on in it.
+        refs = self._pool.refs
+        return sum(int(np.count_nonzero(refs[blocks] == 1)) for blocks in retired)
 
     def committed(self, tail: int) -> int:
         """Tokens of the sequence whose KV is written."""
@@ -134,6 +146,8 @@ class Tails:
             tree.blocks.extend(tails[growing], growth.needed[growing], fresh)
         places = spans(growth.filled, counts)
         tree.tail_tokens.extend(tails, counts, tokens)
+        self.logical_tokens += len(tokens)
+        self.pending_tokens += len(tokens)
         owners = tails if places is growth.filled else np.repeat(tails, counts)
         index = places // tree.block_size
         return (tree.blocks.at(owners, index) - index) * tree.block_size + places
@@ -153,7 +167,9 @@ class Tails:
         fresh = np.flatnonzero((before == 0) & (found > 0))  # those not linked yet
         first = found[fresh].tolist()
         found[fresh] = 0
-        tree.cached_tokens += int(np.add.reduce(found - before))
+        published = int(np.add.reduce(found - before))
+        tree.cached_tokens += published
+        self.pending_tokens -= published
         lengths[tails] = found
         moved = map(self._publish, tails[fresh].tolist(), first)
         return fresh[np.fromiter(moved, np.bool_, len(fresh))]
@@ -166,6 +182,7 @@ class Tails:
         found = tree.aligned(nodes.written[tail])
         if nodes.linked[tail]:
             tree.cached_tokens += found - nodes.length[tail]
+            self.pending_tokens -= found - nodes.length[tail]
             nodes.length[tail] = found
             return False
         return found > 0 and self._publish(tail, found)
@@ -191,6 +208,9 @@ class Tails:
         """Drops the tokens from position `length` on, which no walk finds."""
         tree = self._tree
         kept = length - tree.nodes.start[tail]
+        dropped = tree.tail_tokens.size[tail] - kept
+        self.logical_tokens -= dropped
+        self.pending_tokens -= dropped
         tree.nodes.written[tail] = min(tree.nodes.written[tail], kept)
         tree.tail_tokens.truncate(tail, kept)
         self._release(tree.trim(tail))
@@ -202,6 +222,7 @@ class Tails:
         """
         tree, nodes = self._tree, self._tree.nodes
         self.truncate(tail, tree.end(tail))
+        self.logical_tokens -= tree.end(tail)
         left = node = self.seal(tail)
         target = tree.aligned(length)
         again = self.tokens(tail)[target:length] if target < length else tree.tail_tokens.get(tail)
@@ -213,6 +234,7 @@ class Tails:
             node = self.split(node, target - nodes.start[node])
         self._move_pin(left, node)
         self._release(tree.rehang(tail, node))
+        self.logical_tokens += tree.nodes.start[tail]
         self._refill(tail, again)
 
     def land(self, place: Place) -> int:
@@ -250,7 +272,9 @@ class Tails:
         """Ends the sequence: its committed tokens stay as an ordinary node, unpinned."""
         tree, nodes = self._tree, self._tree.nodes
         self.settle_one(tail)
-        self.truncate(tail, tree.end(tail))
+        end = tree.end(tail)
+        self.truncate(tail, end)
+        self.logical_tokens -= end
         node = tail
         if nodes.linked[tail]:
             tree.freeze(tail)
@@ -269,6 +293,7 @@ class Tails:
         tree, nodes = self._tree, self._tree.nodes
         parent = nodes.parent[tail]
         nodes.length[tail] = length
+        self.pending_tokens -= length
         tokens = tree.tail_tokens.get(tail)[:length]
         if tree.child(parent, tokens[: tree.align].tobytes()) < 0:
             tree.link(tail)
@@ -276,6 +301,8 @@ class Tails:
         place = tree.walk(tokens, parent)
         node = self.land(place)
         self._move_pin(parent, node)
+        self.joins += 1
+        self.joined_tokens += place.matched
         gone = tree.drop_front(tail, place.matched)
         nodes.parent[tail] = node
         if nodes.length[tail]:
@@ -294,6 +321,8 @@ class Tails:
             needed = tree.blocks_for(tail, len(tokens))
             tree.blocks.set(tail, self._pool.allocate(needed, after=self._last_block(tail)))
             tree.tail_tokens.set(tail, tokens)
+            self.logical_tokens += len(tokens)
+            self.pending_tokens += len(tokens)
 
     def _move_pin(self, source: int, target: int) -> None:
         # This order: no node of the common path is unpinned in between.

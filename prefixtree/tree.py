@@ -69,6 +69,8 @@ class NodeTable(Columns):
         "clock": "d",
         "created": "q",
         "uses": "q",
+        "made_at": "d",
+        "idle_since": "d",
         "place": "i",
     }
     parent: Column
@@ -85,6 +87,8 @@ class NodeTable(Columns):
     clock: FloatColumn  # the eviction order's clock then
     created: Column  # a number that grows from node to node
     uses: Column  # pins ever
+    made_at: FloatColumn  # seconds: when the sequence that wrote it was opened
+    idle_since: FloatColumn  # seconds: when the last pin went
     place: Column  # scratch of `build_forest`, 0 outside of it
 
 
@@ -153,7 +157,7 @@ class RadixTree:
             nodes.uses,
         ):
             column[node] = 0
-        nodes.clock[node] = 0.0
+        nodes.clock[node] = nodes.made_at[node] = nodes.idle_since[node] = 0.0
         return node
 
     def add_root(self, namespace: Namespace) -> int:
@@ -360,7 +364,8 @@ class RadixTree:
             nodes.uses,
         ):
             column[upper] = column[node]
-        nodes.clock[upper] = nodes.clock[node]
+        for moment in (nodes.clock, nodes.made_at, nodes.idle_since):
+            moment[upper] = moment[node]
         nodes.length[upper] = length
         nodes.linked[upper] = 1
         self._child[self._key(nodes.parent[node], edge)] = upper

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from prefixtree.check import State
     from prefixtree.stats import Stats
+    from prefixtree.view_summary import TreeSummary
 
 
 class NodeView:
@@ -390,6 +391,12 @@ class TreeView:
             depth=at_least(1, "max_depth", max_depth),
         )
         return render(self, excerpts(decode), limits)
+
+    def summary(self) -> TreeSummary:
+        """How depth, fan-out, length, age and idle time are spread over the nodes. O(nodes)."""
+        from prefixtree.view_summary import summarize
+
+        return summarize(self)
 
     def to_dicts(self, decode: Decode | None = None) -> list[dict[str, Any]]:
         """One dict of plain Python values a node, in the view's order; `json.dumps` takes them.

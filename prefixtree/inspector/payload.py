@@ -3,7 +3,7 @@
 | key | is |
 |---|---|
 | `label` | what the frame is of |
-| `stats` | `Stats` as an object, with `hit_rate` |
+| `stats` | `Stats.as_dict` |
 | `namespaces` | [R] as text |
 | `arrays` | those of `ARRAYS`: [N] as in `TreeView`; `held`: [N] blocks each; `blocks`, `aside` |
 | `texts` | [N] the nodes' text, or null where it is not shown |
@@ -14,7 +14,6 @@ All else that the page shows (positions, depths, sums, reference counts) it coun
 from __future__ import annotations
 
 import base64
-from dataclasses import asdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,7 @@ def frame_without_text(view: TreeView, label: str = "") -> Frame:
     arrays["aside"] = view.aside
     return {
         "label": label,
-        "stats": {**asdict(view.stats), "hit_rate": view.stats.hit_rate},
+        "stats": view.stats.as_dict(),
         "namespaces": [
             name if isinstance(name, str) else ", ".join(map(repr, name))
             for name in view.namespaces

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from prefixtree.cache import PrefixCache
+    from prefixtree.stats import Stats
     from prefixtree.view import TreeView
 
 REFRESH_SECONDS = 1.0
@@ -44,6 +45,16 @@ class Published:
         self._refresh()
         with self._changed:
             return self.number, self._view
+
+    def stats(self) -> Stats:
+        """The statistics: those of now of a thread-safe cache, else those of the latest view.
+
+        Raises what a broken cache does.
+        """
+        if self._cache.thread_safe:
+            return self._cache.stats()
+        with self._changed:
+            return self._view.stats
 
     def wait(self, number: int, seconds: float) -> int | None:
         """The latest view's number, at once when it is above `number`, else after `seconds`.

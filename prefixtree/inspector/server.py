@@ -6,6 +6,7 @@
 | `/tree.json` | the latest view, as `payload` writes it |
 | `/tree.txt` | the same as text; takes the fields of `Selection` |
 | `/events` | server-sent events: "tree" with the view's number whenever there is a new one |
+| `/metrics` | the statistics for Prometheus; 501 without the extra `metrics` |
 | `/healthz` | `{"status": "ok", "view": number}` |
 
 All are GET, and none changes anything. To add one, put a function into `ROUTES`.
@@ -166,6 +167,12 @@ def _tree_txt(inspector: Inspector, query: dict[str, str]) -> Answer:
     return Answer("text/plain; charset=utf-8", text.encode("utf-8", "backslashreplace"))
 
 
+def _metrics(inspector: Inspector, query: dict[str, str]) -> Answer:
+    from prefixtree.metrics import CONTENT_TYPE, exposition
+
+    return Answer(CONTENT_TYPE, exposition(inspector.published.stats()))
+
+
 def _healthz(inspector: Inspector, query: dict[str, str]) -> Answer:
     return Answer(
         "application/json", _as_json({"status": "ok", "view": inspector.published.number})
@@ -176,6 +183,7 @@ ROUTES: dict[str, Callable[[Inspector, dict[str, str]], Answer]] = {
     "/": _front,
     "/tree.json": _tree_json,
     "/tree.txt": _tree_txt,
+    "/metrics": _metrics,
     "/healthz": _healthz,
 }
 """What is served but for `/events`, by path."""
@@ -220,6 +228,8 @@ class _Handler(BaseHTTPRequestHandler):
             answer = route(self.server.inspector, dict(parse_qsl(address.query)))
         except (InvalidArgument, InvalidNamespace) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+        except ImportError as error:
+            self._refuse(HTTPStatus.NOT_IMPLEMENTED, str(error))
         except (PrefixTreeError, AllocatorError) as error:
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
         else:

@@ -52,6 +52,10 @@ class Histogram(NamedTuple):
         """[len(bounds) + 1] how many were at most each bound; the last is all of them."""
         return list(accumulate(self.counts))
 
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields as plain Python values, for `json.dumps`."""
+        return {"bounds": [*self.bounds], "counts": [*self.counts], "total": self.total}
+
     def since(self, earlier: Histogram) -> Self:
         """What was observed after `earlier`, which has the same bounds, was taken."""
         counts = tuple(map(sub, self.counts, earlier.counts))

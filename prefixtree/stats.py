@@ -171,7 +171,7 @@ class Stats(NamedTuple):
         """Plain Python values, for `json.dumps`: all fields, and the numbers derived from them."""
         values = self._asdict()
         values["evictions"] = [count._asdict() for count in self.evictions]
-        values.update((name, values[name]._asdict()) for name in HISTOGRAMS)
+        values.update((name, values[name].as_dict()) for name in HISTOGRAMS)
         values.update((name, getattr(self, name)) for name in DERIVED)
         return values
 

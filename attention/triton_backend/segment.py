@@ -249,7 +249,15 @@ def _walk(
             lane_factor = factor * tl.load(entry_scale + entry, mask=real, other=0.0)[None, :]
         if softcap is not None:
             grown = tl.exp2(logits * (lane_factor * (2.0 * LOG2_E / softcap)))
-            logits = (softcap * LOG2_E) * (1.0 - 2.0 / (grown + 1.0)) + bias[None, :]  # tanh
+            capped = 1.0 - 2.0 / (grown + 1.0)  # tanh
+            if dtype == tl.float32:
+                # Near 0 that is off by as much as near 1, which float32 would show: a series.
+                x = logits * (lane_factor / softcap)
+                s = x * x
+                series = -17.0 / 315.0 + s * (62.0 / 2835.0)
+                series = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * series))
+                capped = tl.where(s < 0.09, series, capped)
+            logits = (softcap * LOG2_E) * capped + bias[None, :]
         else:
             logits = logits * (lane_factor * LOG2_E) + bias[None, :]
         if MASKED or slope is not None:

@@ -22,7 +22,9 @@ from tests.attention import checks, unit_reference
 from tests.attention.random_schedules import SPARE, random_schedule
 from tests.attention.strategies import (
     Case,
+    Node,
     Tensors,
+    build_forest,
     cases,
     forests,
     node_sets,
@@ -241,3 +243,12 @@ def test_each_slot_is_loaded_as_often_as_the_schedule_says(case: Case, seed: int
     )
     assert expected.any()
     assert (found == expected[:, None]).all()
+
+
+def test_a_soft_cap_keeps_the_digits_of_small_logits() -> None:
+    forest, num_blocks = build_forest(4, [Node(-1, 9), Node(0, 3)], [(1, 2)])
+    case = Case(forest, num_blocks, head_dim=16, softcap=30.0, scale=0.01)
+    given_ = tensors(case, 1)
+    _, lse = checks.run(case, given_, DEVICE.type, backend="triton")
+    _, expected = checks.attend(case, given_)
+    torch.testing.assert_close(lse.cpu().double(), expected, rtol=0, atol=5e-7)

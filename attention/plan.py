@@ -11,7 +11,7 @@ import torch
 from attention.algebra import Partial
 from attention.backends import choose
 from attention.counting import tokens_per_path, tokens_read
-from attention.errors import InvalidForest, PlanMismatch
+from attention.errors import InvalidForest, PlanMismatch, UnsupportedBackend
 from attention.explain import Explanation, WorkSummary, explain
 from attention.forest import ForestArrays
 from attention.node_sets import NodeSets
@@ -124,7 +124,8 @@ class Plan:
         one, so a CUDA graph that a run was captured in stays valid for as many queries as its q
         has, or fewer: then the first `num_queries` of q are read, and the rest of the results is
         left unset. The tensors have room for what the plan was made for and about a quarter more:
-        an engine makes the plan for the largest batch that a graph is to serve.
+        an engine makes the plan for the largest batch that a graph is to serve. Plans are made,
+        updated and advanced between replays, not while a graph is captured.
 
         Args:
             source, temperature, log_weight, num_blocks: see `attention.plan`.
@@ -214,7 +215,7 @@ def plan(
     Raises:
         InvalidForest: the arrays of the source contradict each other or `num_blocks`.
         PlanMismatch: an argument is outside what is said above.
-        UnsupportedBackend: the backend asked for cannot run this.
+        UnsupportedBackend: the backend asked for cannot run this, or there is no such device.
 
     Host work in O(nodes log nodes + blocks + queries of all work items), vectorised: Python loops
     over batched calls and the members of node sets only.
@@ -226,8 +227,7 @@ def plan(
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         dtype=dtype,
         kv_dtype=dtype if kv_dtype is None else kv_dtype,
-        # "cuda" is the current one of them, and so are tensors made there.
-        device=torch.empty(0, device=device).device,
+        device=_there(device),
         layout=layout,
         window=window,
         sink_tokens=sink_tokens,
@@ -262,6 +262,16 @@ def _checked(
 
 def _min_num_blocks(segments: Segments) -> int:
     return int(segments.blocks.max()) + 1
+
+
+def _there(device: torch.device | str) -> torch.device:
+    """The device with its number: "cuda" is the current one, and so are tensors made there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise UnsupportedBackend(
+            f"device is {device!r}, expected one that torch can use here: {error}"
+        ) from error
 
 
 def _work(

@@ -280,3 +280,9 @@ def test_another_step_has_another_plan(forest: Forest) -> None:
     grown = replace(forest, query_len=changed(forest.query_len, 1, 2))
     with pytest.raises(PlanMismatch, match=r"q has shape \(3, 4, 32\), expected \(4, 4, 32\)"):
         attention.run(plan_of(grown), *given)
+
+
+@pytest.mark.parametrize("device", ["nope", "cpu:x"])
+def test_no_such_device(forest: Forest, device: str) -> None:
+    with pytest.raises(attention.UnsupportedBackend, match=f"device is '{device}', expected one"):
+        plan_of(forest, device=device)

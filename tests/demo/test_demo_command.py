@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from allocator import KVStorage
+import attention
 from prefixtree.__main__ import main
 from prefixtree.demo import run
 
@@ -159,14 +159,12 @@ def test_one_wrong_token_gives_status_1_and_is_named(
 def test_wrong_kv_gives_status_1(
     short: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write = KVStorage.write
+    write = attention.write
 
-    def damaged(
-        self: KVStorage, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
-        write(self, layer, slots, k, v.flip(0))
+    def damaged(k: torch.Tensor, v: torch.Tensor, *caches_and_slots: Any, **how: Any) -> None:
+        write(k, v.flip(0), *caches_and_slots, **how)
 
-    monkeypatch.setattr(KVStorage, "write", damaged)
+    monkeypatch.setattr(attention, "write", damaged)
     assert main(short) == 1
     assert "DIFFERS" in capsys.readouterr().out
 

@@ -13,15 +13,11 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 
-class ForestArrays(Protocol):
-    """What `attention.plan` and `attention.attend` read; `Forest` documents each field."""
+class NodeArrays(Protocol):
+    """Nodes as runs of tokens in blocks, whoever attends to them."""
 
     @property
     def block_size(self) -> int: ...
-    @property
-    def parent(self) -> Int32Array: ...
-    @property
-    def start(self) -> Int64Array: ...
     @property
     def length(self) -> Int64Array: ...
     @property
@@ -30,6 +26,15 @@ class ForestArrays(Protocol):
     def block_ptr(self) -> Int64Array: ...
     @property
     def blocks(self) -> Int32Array: ...
+
+
+class ForestArrays(NodeArrays, Protocol):
+    """What `attention.plan` and `attention.attend` read; `Forest` documents each field."""
+
+    @property
+    def parent(self) -> Int32Array: ...
+    @property
+    def start(self) -> Int64Array: ...
     @property
     def leaf(self) -> Int32Array: ...
     @property
@@ -131,21 +136,6 @@ def _is_forest(forest: ForestArrays) -> bool:
         np.count_nonzero(end.take(parent) != forest.start)
         or np.count_nonzero(end.take(leaf) < query_len)
     )
-
-
-class NodeArrays(Protocol):
-    """Nodes as runs of tokens in blocks, whoever attends to them."""
-
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def length(self) -> Int64Array: ...
-    @property
-    def offset(self) -> Int32Array: ...
-    @property
-    def block_ptr(self) -> Int64Array: ...
-    @property
-    def blocks(self) -> Int32Array: ...
 
 
 def check_nodes(nodes: NodeArrays, num_nodes: int, num_blocks: int | None) -> None:

@@ -112,7 +112,7 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
         np.maximum(lean_parts, 1, out=lean_parts)
     partials = parts.repeat(tiles.end - tiles.begin).reshape(len(kinds), -1)
     # What is higher on the path comes first: all rows of a tile have as many units above it.
-    above = np.zeros_like(parts)
+    above = np.zeros(len(parts), np.int64)
     if len(kinds) > 1:
         above[num_fat:] = partials[0].take(tiles.begin[num_fat:])
     units, order = _units(tiles, lists, parts, step, above, num_fat)

@@ -141,15 +141,14 @@ def make_tilings(
 
 def lean_tiles(segments: Segments, rows_per_tile: int, programs: int) -> Tiling:
     """Lean tiles that read all segments."""
-    tiled, borders = _all_rows(len(segments.position))
     return _lean_tiles(
         segments.row_begin,
         segments.row_end,
         segments.length,
         tokens_above(segments),
         None,
-        borders,
-        tiled,
+        _outermost(len(segments.position)),
+        None,
         rows_per_tile,
         programs,
     )
@@ -186,7 +185,7 @@ def _read_apart(
     trees = len(root)
     tree_begin = segments.row_begin.take(root)
     tree_size = segments.row_end.take(root) - tree_begin
-    tree = np.searchsorted(tree_begin, begin, side="right") - 1
+    tree = tree_begin.searchsorted(begin, side="right") - 1
     # The first reading of a segment is from memory, the others are from a cache.
     alone = np.add.reduceat(segments.length, root) * costs.load
     alone += np.bincount(tree, length * (lean_reads - 1), trees) * costs.reload
@@ -194,12 +193,12 @@ def _read_apart(
     both = tree_size
     if not all_lean:
         both = np.add.reduceat(lean.covered, tree_begin, dtype=np.int64)
-    # Without a shared segment, a tree saves nothing and has nothing of both kinds.
-    saved -= both * 2 * costs.partial
-    pays = (saved >= (1 - WORTHWHILE) * alone) & (np.bincount(tree, minlength=trees) > 0)
-    if not pays.any() or saved[pays].sum() < 2 * costs.launch:
+    saved -= both * (2 * costs.partial)
+    # A tree takes some time, so that one without large segments, which saves nothing, is out.
+    pays = saved >= (1 - WORTHWHILE) * alone
+    if saved.dot(pays) < 2 * costs.launch:
         return None
-    if pays.all():
+    if np.count_nonzero(pays) == trees:
         return Apart(large, small, None, tree_begin)
     chosen = pays.take(tree)
     small = np.concatenate((small, large[~chosen]))
@@ -213,7 +212,7 @@ def _fat_tiles(segments: Segments, apart: Apart, lean: Ranges, rows_per_tile: in
     No tile reaches over two trees, nor ends inside a segment that is left to lean tiles.
     """
     if apart.rows is None:
-        tiled, borders = _all_rows(len(segments.position))
+        tiled, borders = None, _outermost(len(segments.position))
         borders[apart.tree_begin] = True
     else:
         tiled = apart.rows
@@ -221,7 +220,7 @@ def _fat_tiles(segments: Segments, apart: Apart, lean: Ranges, rows_per_tile: in
         borders[apart.tree_begin] |= tiled[apart.tree_begin]
     chosen = apart.large
     begin, end = segments.row_begin.take(chosen), segments.row_end.take(chosen)
-    together = (segments.length > tokens_above(segments)).take(chosen)
+    together = segments.length.take(chosen) > tokens_above(segments).take(chosen)
     small = end - begin <= rows_per_tile
     (big,) = (together & ~small).nonzero()
     borders[begin[big]] = borders[end[big]] = True
@@ -240,7 +239,7 @@ def _lean_tiles(
     above: Int64Array | None,
     ranges: Ranges | None,
     borders: BoolArray,
-    tiled: BoolArray,
+    tiled: BoolArray | None,
     rows_per_tile: int,
     programs: int,
 ) -> Tiling:
@@ -253,9 +252,9 @@ def _lean_tiles(
         above: None if nothing is above, and no segment has more rows than a tile.
         ranges: rows of all the segments, where they are known.
         borders: which borders are borders of tiles in any case.
-        tiled: rows that need tiles.
+        tiled: rows that need tiles; None for all.
     """
-    num_rows = len(tiled)
+    num_rows = len(borders) - 1
     own = np.zeros(num_rows + 1, np.int64)
     own[1:] = np.bincount(begin, length, num_rows).cumsum()
     tokens = own.take(end) - own.take(begin)
@@ -276,7 +275,7 @@ def _lean_tiles(
     if len(alone):
         possible = np.zeros(num_rows + 1, np.bool_)
         possible[begin.take(alone)] = possible[end.take(alone)] = True
-        borders |= possible & ~blocked
+        borders |= possible > blocked
     return _cut(borders, tiled, rows_per_tile, blocked)
 
 
@@ -288,12 +287,14 @@ def tokens_above(segments: Segments) -> Int64Array:
 def _roots(segments: Segments) -> Int64Array:
     """The segments that no other lies above, by their rows; those below follow each of them."""
     if segments.on_paths:
-        roots: Int64Array = np.flatnonzero(segments.round == 0)
+        (roots,) = (segments.start == 0).nonzero()
         return roots
     return np.arange(len(segments.length))
 
 
-def _cut(is_border: BoolArray, tiled: BoolArray, rows_per_tile: int, blocked: BoolArray) -> Tiling:
+def _cut(
+    is_border: BoolArray, tiled: BoolArray | None, rows_per_tile: int, blocked: BoolArray
+) -> Tiling:
     """Cut the rows between borders, where they are tiled, at places that are not blocked.
 
     Between two places that are not blocked lie at most rows_per_tile rows.
@@ -302,13 +303,13 @@ def _cut(is_border: BoolArray, tiled: BoolArray, rows_per_tile: int, blocked: Bo
     begin = borders[:-1]
     size = borders[1:] - begin
     if size.max() > rows_per_tile:
-        most = np.where(tiled.take(begin), rows_per_tile, len(tiled))
+        most = rows_per_tile if tiled is None else np.where(tiled.take(begin), rows_per_tile, size)
         pieces = cut(size, most)
-        begin = begin[pieces.source] + pieces.begin
-        if blocked.take(begin).any():
-            begin = _fill(borders, most, blocked)
+        begin = begin.take(pieces.source) + pieces.begin
+        if np.count_nonzero(blocked.take(begin)):
+            begin = _fill(borders, np.minimum(size, most), blocked)
     end = np.empty_like(begin)
-    end[:-1], end[-1] = begin[1:], len(tiled)
+    end[:-1], end[-1] = begin[1:], borders[-1]
     return Tiling(begin, end)
 
 
@@ -342,15 +343,15 @@ def _ranges_of(begin: Int64Array, end: Int64Array, num_rows: int) -> Ranges:
     return Ranges(starts, depth.cumsum())
 
 
-def _all_rows(num_rows: int) -> tuple[BoolArray, BoolArray]:
-    """All rows, and the outermost two borders."""
+def _outermost(num_rows: int) -> BoolArray:
+    """The first border and the last."""
     borders = np.zeros(num_rows + 1, np.bool_)
     borders[0] = borders[-1] = True
-    return np.ones(num_rows, np.bool_), borders
+    return borders
 
 
 def _changes(rows: BoolArray) -> BoolArray:
     """Borders at which the rows' value changes, and the outermost two."""
-    borders = np.ones(len(rows) + 1, np.bool_)
+    borders = _outermost(len(rows))
     np.not_equal(rows[1:], rows[:-1], out=borders[1:-1])
     return borders

@@ -287,7 +287,7 @@ def tokens_above(segments: Segments) -> Int64Array:
 def _roots(segments: Segments) -> Int64Array:
     """The segments that no other lies above, by their rows; those below follow each of them."""
     if segments.on_paths:
-        (roots,) = (segments.start == 0).nonzero()
+        roots: Int64Array = (segments.start == 0).nonzero()[0]
         return roots
     return np.arange(len(segments.length))
 

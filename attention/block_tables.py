@@ -93,7 +93,7 @@ def _pieces(
 ) -> npt.NDArray[Any]:
     """The columns begin[i]:end[i] of rows row[i], one behind the other."""
     # Bytes are joined several times as fast as arrays are, which are faster than single ids.
-    ids = memoryview(tables.reshape(-1)).cast("B")
+    ids = tables.reshape(-1).data.cast("B")
     first = row * tables.shape[1]
     bounds = zip(
         ((first + begin) * tables.itemsize).tolist(),

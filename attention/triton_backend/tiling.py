@@ -71,10 +71,13 @@ class Ranges(NamedTuple):
     """Ranges of rows, counted at the borders 0 to R.
 
     Attributes:
+        begin, end: int64, the borders of each range.
         starts: int64 [R + 1], ranges that begin at each border.
         depth: int64 [R + 1], ranges that the row behind each border lies in.
     """
 
+    begin: Int64Array
+    end: Int64Array
     starts: Int64Array
     depth: Int64Array
 
@@ -125,7 +128,7 @@ def make_tilings(
     num_fat, num_large, chosen = len(fat.begin), len(apart.large), apart.small
     if not len(chosen):
         return Tilings(fat, num_fat, apart.large, num_large)
-    begin, length = segments.row_begin.take(chosen), segments.length.take(chosen)
+    begin, end, length = lean.begin, lean.end, segments.length.take(chosen)
     # Fat tiles read what lies above these, where there is something to be read apart.
     above = None
     if apart.rows is not None:
@@ -133,7 +136,6 @@ def make_tilings(
     tiled = lean.covered
     borders = _changes(tiled)
     borders[fat.begin] = True
-    end = segments.row_end.take(chosen)
     tiles = _lean_tiles(begin, end, length, above, lean, borders, tiled, lean_rows, programs)
     both = Tiling(np.concatenate((fat.begin, tiles.begin)), np.concatenate((fat.end, tiles.end)))
     return Tilings(both, num_fat, np.concatenate((apart.large, chosen)), num_large)
@@ -340,7 +342,7 @@ def _ranges(segments: Segments, chosen: Int64Array) -> Ranges:
 def _ranges_of(begin: Int64Array, end: Int64Array, num_rows: int) -> Ranges:
     starts = np.bincount(begin, minlength=num_rows + 1)
     depth = starts - np.bincount(end, minlength=num_rows + 1)
-    return Ranges(starts, depth.cumsum())
+    return Ranges(begin, end, starts, depth.cumsum())
 
 
 def _outermost(num_rows: int) -> BoolArray:

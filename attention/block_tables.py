@@ -10,7 +10,10 @@ from attention.errors import InvalidForest
 from attention.forest import Forest, Int64Array, check_shape, check_values
 
 # Ids that are compared at a time: temporary arrays that stay in the cache.
-_WINDOW = 1 << 17
+_WINDOW = 1 << 16
+# Columns that are compared first, then twice as many, and so on. To come to a row anew takes longer
+# than to read so many.
+_FIRST_COLUMNS = 256
 _MAX_ID = np.iinfo(np.int32).max
 
 Integers = npt.NDArray[Any] | torch.Tensor
@@ -40,11 +43,13 @@ def forest_from_block_tables(
             empty or longer than its table, or it has no query or more than tokens.
 
     Ids are compared, never hashes of them: O(S max_blocks) at most, each id that is shared once
-    for each sequence and those behind where two part only a few. The Python loop is over rounds,
-    about log S of them, in each of which all groups of sequences part from their longest one.
+    for each sequence and those behind where two part a few hundred, or as many as are shared. The
+    Python loops are over rounds, about log S of them, in each of which all groups of sequences
+    part from their longest one, and over what is compared at a time.
     """
     tables, seq_len, query_start = map(_on_host, (block_tables, seq_lens, query_start_loc))
     _check(tables, seq_len, query_start, block_size)
+    tables = np.ascontiguousarray(tables)
     seq_len = seq_len.astype(np.int64)
     trie = _shared(tables, seq_len // block_size)
 
@@ -58,12 +63,10 @@ def forest_from_block_tables(
     )
     leaf = trie.node.copy()
     leaf[own] = num_shared + np.arange(len(own))
-    # Slices of rows are copied several times as fast as single ids are gathered.
-    blocks = np.concatenate(
-        [tables[r, b:e] for r, b, e in zip(row.tolist(), begin.tolist(), end.tolist(), strict=True)]
-    )
+    blocks = _pieces(tables, row, begin, end)
     block_ptr = np.append(0, np.cumsum(end - begin))
-    if blocks.min() < 0 or blocks.max() > _MAX_ID:
+    beyond = np.iinfo(blocks.dtype).max > _MAX_ID and blocks.max() > _MAX_ID
+    if beyond or blocks.min() < 0:
         good = (blocks >= 0) & (blocks <= _MAX_ID)
         first = int(np.argmin(good))
         node = int(np.searchsorted(block_ptr, first, side="right")) - 1
@@ -83,6 +86,21 @@ def forest_from_block_tables(
         leaf=leaf.astype(np.int32),
         query_len=np.diff(query_start).astype(np.int64),
     )
+
+
+def _pieces(
+    tables: npt.NDArray[Any], row: Int64Array, begin: Int64Array, end: Int64Array
+) -> npt.NDArray[Any]:
+    """The columns begin[i]:end[i] of rows row[i], one behind the other."""
+    # Bytes are joined several times as fast as arrays are, which are faster than single ids.
+    ids = tables.reshape(-1).data.cast("B")
+    first = row * tables.shape[1]
+    bounds = zip(
+        ((first + begin) * tables.itemsize).tolist(),
+        ((first + end) * tables.itemsize).tolist(),
+        strict=True,
+    )
+    return np.frombuffer(bytearray().join([ids[b:e] for b, e in bounds]), tables.dtype)
 
 
 def _on_host(values: Integers) -> npt.NDArray[Any]:
@@ -161,11 +179,10 @@ def _shared(tables: npt.NDArray[Any], full: Int64Array) -> _Trie:
         rows, first = _groups(rows, node[rows], tables[rows, depth[rows]])
         if len(first) == 0:
             break
-        size = np.diff(first, append=len(rows))
         lead = rows[first]
-        group = np.repeat(np.arange(len(first)), size)
         follows = np.ones(len(rows), np.bool_)
         follows[first] = False
+        group = (~follows).cumsum() - 1
         rows, group = rows[follows], group[follows]
         common = _common(tables, rows, lead[group], depth[rows], full[rows])
 
@@ -173,12 +190,14 @@ def _shared(tables: npt.NDArray[Any], full: Int64Array) -> _Trie:
         cuts, cut = np.unique(group * (max_blocks + 1) + common, return_inverse=True)
         of, end = cuts // (max_blocks + 1), cuts % (max_blocks + 1)
         nodes = num_nodes + np.arange(len(cuts))
-        opens = np.append(True, of[1:] != of[:-1])
-        begin = np.where(opens, depth[lead[of]], np.append(0, end[:-1]))
-        parent = np.where(opens, node[lead[of]], nodes - 1)
-        columns.append((lead[of], begin, end, parent))
+        row = lead[of]
+        opens, closes = _bounds(of[1:] != of[:-1])
+        begin, parent = np.empty_like(end), nodes - 1
+        begin[1:] = end[:-1]
+        begin[opens], parent[opens] = depth[lead], node[lead]
+        columns.append((row, begin, end, parent))
         num_nodes += len(cuts)
-        last = np.flatnonzero(np.append(opens[1:], True))
+        last = np.flatnonzero(closes)
         node[lead], depth[lead] = nodes[last], end[last]
         node[rows], depth[rows] = nodes[cut], common
     if not columns:
@@ -197,10 +216,16 @@ def _groups(
     """
     order = np.lexsort((block, node))
     node, block = node[order], block[order]
-    differs = (node[1:] != node[:-1]) | (block[1:] != block[:-1])
-    opens, closes = np.append(True, differs)[: len(rows)], np.append(differs, True)[: len(rows)]
-    shared = ~(opens & closes)
-    return rows[order[shared]], np.flatnonzero(opens[shared])
+    opens, closes = _bounds((node[1:] != node[:-1]) | (block[1:] != block[:-1]))
+    shared = ~(opens & closes)[: len(rows)]
+    return rows[order[shared]], np.flatnonzero(opens[: len(rows)][shared])
+
+
+def _bounds(differs: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which values are the first and which the last of a run, by where neighbours differ."""
+    bounds = np.ones(len(differs) + 2, np.bool_)
+    bounds[1:-1] = differs
+    return bounds[:-1], bounds[1:]
 
 
 def _common(
@@ -215,16 +240,20 @@ def _common(
     Up to `begin` they are known to agree, and the table has `end` columns or more.
     """
     common = end.copy()
-    left, column = np.arange(len(rows)), int(begin.min())
+    left, column, width = np.arange(len(rows)), int(begin.min()), _FIRST_COLUMNS
     while len(left):
-        window = slice(column, column + max(_WINDOW // len(left), 1))
-        at = left[begin[left] < window.stop]
-        differs = tables[rows[at], window] != tables[leads[at], window]
-        where = differs.argmax(axis=1)
-        found = differs[np.arange(len(at)), where]
-        at, where = at[found], where[found]
-        # What differs behind the end does not count.
-        common[at] = np.minimum(end[at], column + where)
-        column = window.stop
+        window = tables[:, column : column + width]
+        for at in _chunks(left[begin[left] < column + width], max(_WINDOW // width, 1)):
+            differs = window[rows[at]] != window[leads[at]]
+            where = differs.argmax(axis=1)
+            found = differs[np.arange(len(at)), where]
+            at, where = at[found], where[found]
+            # What differs behind the end does not count.
+            common[at] = np.minimum(end[at], column + where)
+        column, width = column + width, 2 * width
         left = left[common[left] > column]
     return common
+
+
+def _chunks(values: Int64Array, size: int) -> list[Int64Array]:
+    return [values[begin : begin + size] for begin in range(0, len(values), size)]

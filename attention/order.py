@@ -35,17 +35,18 @@ def depth_first(forest: ForestArrays) -> QueryOrder:
     """
     place, size = _preorder(forest.parent)
     num_nodes = len(size)
-    node = np.empty(num_nodes, np.int64)
-    node[place] = np.arange(num_nodes)
-    subtree_end = np.arange(num_nodes) + size.take(node)
+    nodes = np.arange(num_nodes)
+    node = np.empty_like(nodes)
+    node[place] = nodes
+    subtree_end = size.take(node)
+    subtree_end += nodes
     # Of the subtrees that begin before a node, those of its ancestors have not ended.
-    ended = np.bincount(subtree_end, minlength=num_nodes + 1).cumsum()
-    depth = np.arange(num_nodes) - ended[:-1]
+    ended = np.bincount(subtree_end).cumsum()
 
-    leaf = forest.leaf.astype(np.int64)
+    leaf = forest.leaf
     leaf_place = place.take(leaf)
     queries_before = np.zeros(num_nodes + 1, np.int64)
-    np.add.at(queries_before, leaf_place + 1, forest.query_len)
+    np.add.at(queries_before[1:], leaf_place, forest.query_len)
     queries_before = queries_before.cumsum()
 
     sequences = _sorted(leaf_place, num_nodes)
@@ -58,7 +59,7 @@ def depth_first(forest: ForestArrays) -> QueryOrder:
         node=node,
         begin=queries_before[:-1],
         end=queries_before.take(subtree_end),
-        depth=depth,
+        depth=nodes - ended[:-1],
     )
 
 
@@ -70,7 +71,7 @@ def _preorder(parent_of: Int32Array) -> tuple[Int64Array, Int64Array]:
     # Node i is i + 1 here; 0 is the root above the roots, and its own parent.
     parent = np.zeros(len(parent_of) + 1, np.int64)
     np.add(parent_of, 1, out=parent[1:])
-    size = np.ones_like(parent)
+    size = np.ones(len(parent), np.int64)
     ancestor, ancestors = parent, []
     while np.count_nonzero(ancestor):
         ancestors.append(ancestor)
@@ -86,11 +87,15 @@ def _preorder(parent_of: Int32Array) -> tuple[Int64Array, Int64Array]:
     place = np.empty_like(parent)
     place[children] = sizes.cumsum()
     place -= size
-    place -= ((size - 1).cumsum() - size).take(parent)
+    before = size.cumsum()
+    before -= size
+    before -= np.arange(1, len(size) + 1)
+    place -= before.take(parent)
     place[0] = 0
     for ancestor in ancestors:
         place += place.take(ancestor)
-    return place[1:] - 1, size[1:]
+    place -= 1
+    return place[1:], size[1:]
 
 
 def _sorted(keys: Int64Array, bound: int) -> Int64Array:

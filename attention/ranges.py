@@ -24,8 +24,10 @@ def extremes(
 
 def expand(counts: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Index i, counts[i] times, for every i; and beside it 0, 1, ... counts[i] - 1."""
-    index = np.repeat(np.arange(len(counts)), counts)
-    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    index = np.arange(len(counts)).repeat(counts)
+    ordinal = np.arange(len(index))
+    ordinal -= (counts.cumsum() - counts).take(index)
+    return index, ordinal
 
 
 class Cut(NamedTuple):
@@ -40,6 +42,7 @@ class Cut(NamedTuple):
 def cut(length: Int64Array, limit: int | Int64Array) -> Cut:
     """Cut each length into pieces of the size of its limit, the last one of what remains."""
     source, ordinal = expand(-(-length // limit))
-    limit = np.broadcast_to(limit, length.shape)[source]
+    if isinstance(limit, np.ndarray):
+        limit = limit.take(source)
     begin = ordinal * limit
-    return Cut(source, ordinal, begin, np.minimum(limit, length[source] - begin))
+    return Cut(source, ordinal, begin, np.minimum(limit, length.take(source) - begin))

@@ -83,17 +83,14 @@ def segments_of(
     log_weight = _per_node("log_weight", log_weight, len(source.length), positive=False)
     if isinstance(source, NodeSets):
         source.validate()
-        segments = _of_sets(source)
-    else:
-        validate(source)
-        segments = _of_forest(source)
-    return segments._replace(
-        temperature=None if temperature is None else temperature[segments.node],
-        log_weight=None if log_weight is None else log_weight[segments.node],
-    )
+        return _of_sets(source, temperature, log_weight)
+    validate(source)
+    return _of_forest(source, temperature, log_weight)
 
 
-def _of_forest(forest: ForestArrays) -> Segments:
+def _of_forest(
+    forest: ForestArrays, temperature: FloatArray | None, log_weight: FloatArray | None
+) -> Segments:
     order = depth_first(forest)
     node, begin, end, depth = order.node, order.begin, order.end, order.depth
     used = begin < end
@@ -115,12 +112,14 @@ def _of_forest(forest: ForestArrays) -> Segments:
         row_begin=begin,
         row_end=end,
         round=depth,
-        temperature=None,
-        log_weight=None,
+        temperature=None if temperature is None else temperature[node],
+        log_weight=None if log_weight is None else log_weight[node],
     )
 
 
-def _of_sets(sets: NodeSets) -> Segments:
+def _of_sets(
+    sets: NodeSets, temperature: FloatArray | None, log_weight: FloatArray | None
+) -> Segments:
     members = np.diff(sets.member_ptr)
     sequence = np.repeat(np.arange(len(members)), members)
     # One node at two positions is two segments.
@@ -153,8 +152,8 @@ def _of_sets(sets: NodeSets) -> Segments:
         row_begin=np.append(0, row_end[:-1]),
         row_end=row_end,
         round=_rounds(of, segment_end, len(members)),
-        temperature=None,
-        log_weight=None,
+        temperature=None if temperature is None else temperature[node],
+        log_weight=None if log_weight is None else log_weight[node],
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attention.errors import PlanMismatch
-from attention.forest import Int64Array
+from attention.forest import Int32Array, Int64Array
 from attention.segments import Segments
 from attention.triton_backend.buffers import Change
 from attention.triton_backend.tails import Tails
@@ -28,13 +28,18 @@ class Growth:
         self.left = reserve
         self._units = units
         self._block_size = segments.block_size
-        # First slot behind the block of each row's last token, 0 where there is none.
-        self._block_end = -(-tails.next_slot // segments.block_size) * segments.block_size
         self._query = segments.query
-        self._position = segments.position.copy()
         self._tile, self._width, self._unit = tails.tile, tails.width, tails.unit
-        self._entry, self._length = tails.entry.copy(), tails.length.copy()
-        self._next_slot, self._free = tails.next_slot.copy(), tails.free.copy()
+        self._entry, self._free = tails.entry.copy(), tails.free.copy()
+        # As narrow as the columns, into which they go at every step.
+        self._position = segments.position.astype(np.int32)
+        self._length, self._next_slot = (
+            column.astype(np.int32) for column in (tails.length, tails.next_slot)
+        )
+        # Tokens that the last entry, within its block, still takes; without one, the next slot, -1,
+        # is none.
+        in_block = -tails.next_slot % segments.block_size
+        self._room = np.minimum(tails.width - tails.length, in_block).astype(np.int32)
         self._scale = self._bias = None
         if segments.temperature is not None:
             self._scale = 1 / segments.temperature[tails.segment]
@@ -56,26 +61,25 @@ class Growth:
             )
         if len(slots) and slots.min() < 0:
             raise PlanMismatch(f"slots has {slots.min()}, expected at least 0")
-        slot = slots.take(self._query).astype(np.int64, copy=False)
+        slot = slots.astype(np.int32).take(self._query)
         self.left -= 1
         self._position += 1
         fresh = slot != self._next_slot
-        fresh |= self._length == self._width
-        fresh |= slot == self._block_end
+        fresh |= self._room == 0
         changes: list[Change] = []
         (row,) = fresh.nonzero()
         if len(row):
-            self._block_end[row] = (slot[row] // self._block_size + 1) * self._block_size
             changes = self._open(row, slot)
         self._length += 1
-        self._next_slot = slot + 1
+        self._room -= 1
+        self._next_slot = np.add(slot, 1, out=slot)
         return [
             *changes,
             ("entries.length", self._entry, self._length),
             ("rows.position", None, self._position),
         ]
 
-    def _open(self, row: Int64Array, slot: Int64Array) -> list[Change]:
+    def _open(self, row: Int64Array, slot: Int32Array) -> list[Change]:
         """Give rows new entries, which begin at their slots."""
         tile = self._tile[row]
         # Rows of a tile are neighbours and take its free entries in their order.
@@ -88,6 +92,9 @@ class Growth:
         self._free[tile] += count
         self._entry[row] = entry
         self._length[row] = 0
+        self._room[row] = np.minimum(
+            self._width[row], self._block_size - slot[row] % self._block_size
+        )
         changes: list[Change] = [
             ("entries.slot", entry, slot[row]),
             ("entries.position", entry, self._position[row]),

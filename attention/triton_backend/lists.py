@@ -114,14 +114,16 @@ def tile_lists(
     full &= row_end >= rows.end.take(of)
     # The pieces that all rows of a list read come first, positions ascending.
     if all_seen:
-        order = _by_list(of, full)
-        of, segment = of.take(order), segment.take(order)
-        begin, length = np.zeros_like(of), segments.length.take(segment)
-        parts = _Parts(of, segment, begin, length, full.take(order))
+        # Who reads whole what others read in part stands before it, as its ancestor.
+        if np.count_nonzero(of[1:] < of[:-1]):
+            order = of.argsort(kind="stable")
+            of, segment, full = of.take(order), segment.take(order), full.take(order)
+        begin = np.zeros(len(of), np.int64)
+        parts = _Parts(of, segment, begin, segments.length.take(segment), full)
     else:
-        whole = np.zeros_like(of), segments.length.take(segment)
+        whole = np.zeros(len(of), np.int64), segments.length.take(segment)
         parts = _visible(problem, segments, _Parts(of, segment, *whole, full), rows, reserve)
-        parts = parts.take(_by_list(parts.list, parts.full))
+        parts = parts.take((parts.list * 2 - parts.full).argsort(kind="stable"))
 
     count = np.bincount(parts.list, minlength=num_lists)
     log2_width = _log2_width(parts, count, segments.block_size)
@@ -133,8 +135,8 @@ def tile_lists(
     behind = count.cumsum()
     list_end = entries_before.take(behind)
     list_begin = entries_before.take(behind - count)
-    num_partial = np.bincount(parts.list[~parts.full], minlength=num_lists)
-    list_mid = entries_before.take(behind - num_partial)
+    num_full = np.bincount(parts.list, parts.full, num_lists).astype(np.int64)
+    list_mid = entries_before.take(behind - count + num_full)
     num_entries = int(entries_before[-1])
     if reserve:
         spare = (rows.end - rows.begin) * reserve
@@ -161,11 +163,6 @@ def tile_lists(
         by_all, by_any = _seen_entries(segments, tilings, list_of_tile, parts, pieces, count)
         mid, end = begin + by_all, begin + by_any
     return pieces, TileLists(begin, mid, end, width, num_entries)
-
-
-def _by_list(of: Int64Array, full: BoolArray) -> Int64Array:
-    """Stable order by list, in each list the full parts first."""
-    return (of * 2 - full).argsort(kind="stable")
 
 
 class _Parts(NamedTuple):

@@ -92,8 +92,9 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
     O(M log M + R + overlaps of tiles and segments), with no Python loop over any of them.
     """
     all_seen = is_all_seen(problem, segments)
+    tail = None
     if reserve:
-        segments = with_tails(segments)
+        segments, tail = with_tails(segments)
     tilings = make_tilings(
         segments,
         shape.lean_rows,
@@ -112,7 +113,7 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
         np.maximum(lean_parts, 1, out=lean_parts)
     partials = parts.repeat(tiles.end - tiles.begin).reshape(len(kinds), -1)
     # What is higher on the path comes first: all rows of a tile have as many units above it.
-    above = np.zeros_like(parts)
+    above = np.zeros(len(parts), np.int64)
     if len(kinds) > 1:
         above[num_fat:] = partials[0].take(tiles.begin[num_fat:])
     units, order = _units(tiles, lists, parts, step, above, num_fat)
@@ -122,11 +123,12 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
         begin, num_units = num_units, num_units + int(parts[of].sum())
         units_of[rows] = units.part(begin, num_units)
     tails = None
-    if reserve:
+    if tail is not None:
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         tails = place_tails(
             segments,
+            tail,
             pieces,
             Tiling(tiles.begin[num_fat:], tiles.end[num_fat:]),
             lists.take(np.arange(num_fat, len(tiles.begin))),

@@ -35,18 +35,22 @@ class Tails(NamedTuple):
     unit: Int64Array
 
 
-def with_tails(segments: Segments) -> Segments:
-    """The segments, and behind them an empty one for each row without a tail of its own.
+def with_tails(segments: Segments) -> tuple[Segments, Int64Array]:
+    """The segments, behind them an empty one for each row without a tail of its own; and all tails.
 
     A row's own tail is the segment that it alone reads and that ends with its position. An empty
-    one has the temperature and weight of what it is behind.
+    one has the temperature and weight of what it is behind. The tails are segments: int64 [R].
     """
-    owned = np.zeros(len(segments.position), np.bool_)
-    owned[segments.row_begin[own_tails(segments)]] = True
-    row = np.flatnonzero(~owned)
+    (alone,) = (segments.row_end - segments.row_begin == 1).nonzero()
+    end = segments.start.take(alone) + segments.length.take(alone)
+    own = alone[end == segments.position.take(segments.row_begin.take(alone)) + 1]
+    tail = np.full(len(segments.position), -1)
+    tail[segments.row_begin.take(own)] = own
+    (row,) = (tail < 0).nonzero()
     count = len(row)
     if not count:
-        return segments
+        return segments, tail
+    tail[row] = len(segments.length) + np.arange(count)
     zeros = np.zeros(count, np.int64)
 
     def appended(column: Int64Array, values: Int64Array) -> Int64Array:
@@ -55,7 +59,7 @@ def with_tails(segments: Segments) -> Segments:
     def weights(column: FloatArray | None) -> FloatArray | None:
         return None if column is None else np.append(column, column[grown_segments(segments)[row]])
 
-    return segments._replace(
+    longer = segments._replace(
         node=appended(segments.node, zeros - 1),
         start=appended(segments.start, segments.position[row] + 1),
         length=appended(segments.length, zeros),
@@ -67,51 +71,50 @@ def with_tails(segments: Segments) -> Segments:
         temperature=weights(segments.temperature),
         log_weight=weights(segments.log_weight),
     )
-
-
-def own_tails(segments: Segments) -> Int64Array:
-    """Segments that only one row reads and that end with its position."""
-    alone = segments.row_end - segments.row_begin == 1
-    end = segments.start + segments.length
-    return np.flatnonzero(alone & (end == segments.position[segments.row_begin] + 1))
+    return longer, tail
 
 
 def place_tails(
-    segments: Segments, pieces: Pieces, rows: Tiling, lists: TileLists, last_unit: Int64Array
+    segments: Segments,
+    tail: Int64Array,
+    pieces: Pieces,
+    rows: Tiling,
+    lists: TileLists,
+    last_unit: Int64Array,
 ) -> Tails:
     """Find the tails of all rows in the lists of their tiles.
 
     Args:
-        segments: from `with_tails`.
+        segments, tail: from `with_tails`.
         last_unit: int64 [T], last unit of each tile.
     """
-    own = own_tails(segments)
-    num_rows = len(segments.position)
-    segment = np.empty(num_rows, np.int64)
-    segment[segments.row_begin[own]] = own
+    num_rows, size = len(tail), segments.block_size
+    ends = pieces.begin + pieces.length == segments.length.take(pieces.segment)
+    (last,) = (ends & (pieces.length > 0)).nonzero()
     piece_of = np.full(len(segments.length), -1)
-    ends = pieces.begin + pieces.length == segments.length[pieces.segment]
-    last = np.flatnonzero(ends & (pieces.length > 0))
-    piece_of[pieces.segment[last]] = last
+    piece_of[pieces.segment.take(last)] = last
+    piece = piece_of.take(tail)
 
-    tile = np.repeat(np.arange(len(rows.begin)), rows.end - rows.begin)
-    width = 1 << lists.log2_width[tile]
+    tile = np.arange(len(rows.begin)).repeat(rows.end - rows.begin)
+    width = 1 << lists.log2_width.take(tile)
     entry, length, next_slot = (np.full(num_rows, none) for none in (-1, 0, -1))
-    row = np.flatnonzero(piece_of[segment] >= 0)
-    of, piece = segment[row], piece_of[segment[row]]
-    entries, size = pieces.entries[piece], segments.block_size
+    (row,) = (piece >= 0).nonzero()
+    of, piece = tail.take(row), piece.take(row)
+    entries = pieces.entries.take(piece)
     # Where the last token is, from the begin of its segment's first block.
-    place = segments.offset[of] + segments.length[of] - 1
-    block = segments.blocks[segments.first_block[of] + place // size].astype(np.int64)
-    entry[row] = pieces.entry[piece] + entries - 1
-    length[row] = np.where(entries > 1, (place & width[row] - 1) + 1, pieces.length[piece])
-    next_slot[row] = block * size + place % size + 1
+    place = segments.offset.take(of) + segments.length.take(of) - 1
+    block = segments.first_block.take(of) + place // size
+    slot = segments.blocks.take(block).astype(np.int64) * size + place % size
+    entry[row] = pieces.entry.take(piece) + entries - 1
+    in_entry = (place & width.take(row) - 1) + 1
+    length[row] = np.where(entries > 1, in_entry, pieces.length.take(piece))
+    next_slot[row] = slot + 1
     return Tails(
         entry=entry,
         length=length,
         next_slot=next_slot,
         width=width,
-        segment=segment,
+        segment=tail,
         tile=tile,
         free=lists.end,
         unit=last_unit,

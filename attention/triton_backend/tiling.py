@@ -71,10 +71,13 @@ class Ranges(NamedTuple):
     """Ranges of rows, counted at the borders 0 to R.
 
     Attributes:
+        begin, end: int64, the borders of each range.
         starts: int64 [R + 1], ranges that begin at each border.
         depth: int64 [R + 1], ranges that the row behind each border lies in.
     """
 
+    begin: Int64Array
+    end: Int64Array
     starts: Int64Array
     depth: Int64Array
 
@@ -125,7 +128,7 @@ def make_tilings(
     num_fat, num_large, chosen = len(fat.begin), len(apart.large), apart.small
     if not len(chosen):
         return Tilings(fat, num_fat, apart.large, num_large)
-    begin, length = segments.row_begin.take(chosen), segments.length.take(chosen)
+    begin, end, length = lean.begin, lean.end, segments.length.take(chosen)
     # Fat tiles read what lies above these, where there is something to be read apart.
     above = None
     if apart.rows is not None:
@@ -133,7 +136,6 @@ def make_tilings(
     tiled = lean.covered
     borders = _changes(tiled)
     borders[fat.begin] = True
-    end = segments.row_end.take(chosen)
     tiles = _lean_tiles(begin, end, length, above, lean, borders, tiled, lean_rows, programs)
     both = Tiling(np.concatenate((fat.begin, tiles.begin)), np.concatenate((fat.end, tiles.end)))
     return Tilings(both, num_fat, np.concatenate((apart.large, chosen)), num_large)
@@ -141,15 +143,14 @@ def make_tilings(
 
 def lean_tiles(segments: Segments, rows_per_tile: int, programs: int) -> Tiling:
     """Lean tiles that read all segments."""
-    tiled, borders = _all_rows(len(segments.position))
     return _lean_tiles(
         segments.row_begin,
         segments.row_end,
         segments.length,
         tokens_above(segments),
         None,
-        borders,
-        tiled,
+        _outermost(len(segments.position)),
+        None,
         rows_per_tile,
         programs,
     )
@@ -186,7 +187,7 @@ def _read_apart(
     trees = len(root)
     tree_begin = segments.row_begin.take(root)
     tree_size = segments.row_end.take(root) - tree_begin
-    tree = np.searchsorted(tree_begin, begin, side="right") - 1
+    tree = tree_begin.searchsorted(begin, side="right") - 1
     # The first reading of a segment is from memory, the others are from a cache.
     alone = np.add.reduceat(segments.length, root) * costs.load
     alone += np.bincount(tree, length * (lean_reads - 1), trees) * costs.reload
@@ -194,12 +195,12 @@ def _read_apart(
     both = tree_size
     if not all_lean:
         both = np.add.reduceat(lean.covered, tree_begin, dtype=np.int64)
-    # Without a shared segment, a tree saves nothing and has nothing of both kinds.
-    saved -= both * 2 * costs.partial
-    pays = (saved >= (1 - WORTHWHILE) * alone) & (np.bincount(tree, minlength=trees) > 0)
-    if not pays.any() or saved[pays].sum() < 2 * costs.launch:
+    saved -= both * (2 * costs.partial)
+    # A tree takes some time, so that one without large segments, which saves nothing, is out.
+    pays = saved >= (1 - WORTHWHILE) * alone
+    if saved.dot(pays) < 2 * costs.launch:
         return None
-    if pays.all():
+    if np.count_nonzero(pays) == trees:
         return Apart(large, small, None, tree_begin)
     chosen = pays.take(tree)
     small = np.concatenate((small, large[~chosen]))
@@ -213,7 +214,7 @@ def _fat_tiles(segments: Segments, apart: Apart, lean: Ranges, rows_per_tile: in
     No tile reaches over two trees, nor ends inside a segment that is left to lean tiles.
     """
     if apart.rows is None:
-        tiled, borders = _all_rows(len(segments.position))
+        tiled, borders = None, _outermost(len(segments.position))
         borders[apart.tree_begin] = True
     else:
         tiled = apart.rows
@@ -221,7 +222,7 @@ def _fat_tiles(segments: Segments, apart: Apart, lean: Ranges, rows_per_tile: in
         borders[apart.tree_begin] |= tiled[apart.tree_begin]
     chosen = apart.large
     begin, end = segments.row_begin.take(chosen), segments.row_end.take(chosen)
-    together = (segments.length > tokens_above(segments)).take(chosen)
+    together = segments.length.take(chosen) > tokens_above(segments).take(chosen)
     small = end - begin <= rows_per_tile
     (big,) = (together & ~small).nonzero()
     borders[begin[big]] = borders[end[big]] = True
@@ -240,7 +241,7 @@ def _lean_tiles(
     above: Int64Array | None,
     ranges: Ranges | None,
     borders: BoolArray,
-    tiled: BoolArray,
+    tiled: BoolArray | None,
     rows_per_tile: int,
     programs: int,
 ) -> Tiling:
@@ -253,9 +254,9 @@ def _lean_tiles(
         above: None if nothing is above, and no segment has more rows than a tile.
         ranges: rows of all the segments, where they are known.
         borders: which borders are borders of tiles in any case.
-        tiled: rows that need tiles.
+        tiled: rows that need tiles; None for all.
     """
-    num_rows = len(tiled)
+    num_rows = len(borders) - 1
     own = np.zeros(num_rows + 1, np.int64)
     own[1:] = np.bincount(begin, length, num_rows).cumsum()
     tokens = own.take(end) - own.take(begin)
@@ -276,7 +277,7 @@ def _lean_tiles(
     if len(alone):
         possible = np.zeros(num_rows + 1, np.bool_)
         possible[begin.take(alone)] = possible[end.take(alone)] = True
-        borders |= possible & ~blocked
+        borders |= possible > blocked
     return _cut(borders, tiled, rows_per_tile, blocked)
 
 
@@ -288,12 +289,14 @@ def tokens_above(segments: Segments) -> Int64Array:
 def _roots(segments: Segments) -> Int64Array:
     """The segments that no other lies above, by their rows; those below follow each of them."""
     if segments.on_paths:
-        roots: Int64Array = np.flatnonzero(segments.round == 0)
+        roots: Int64Array = (segments.start == 0).nonzero()[0]
         return roots
     return np.arange(len(segments.length))
 
 
-def _cut(is_border: BoolArray, tiled: BoolArray, rows_per_tile: int, blocked: BoolArray) -> Tiling:
+def _cut(
+    is_border: BoolArray, tiled: BoolArray | None, rows_per_tile: int, blocked: BoolArray
+) -> Tiling:
     """Cut the rows between borders, where they are tiled, at places that are not blocked.
 
     Between two places that are not blocked lie at most rows_per_tile rows.
@@ -302,13 +305,13 @@ def _cut(is_border: BoolArray, tiled: BoolArray, rows_per_tile: int, blocked: Bo
     begin = borders[:-1]
     size = borders[1:] - begin
     if size.max() > rows_per_tile:
-        most = np.where(tiled.take(begin), rows_per_tile, len(tiled))
+        most = rows_per_tile if tiled is None else np.where(tiled.take(begin), rows_per_tile, size)
         pieces = cut(size, most)
-        begin = begin[pieces.source] + pieces.begin
-        if blocked.take(begin).any():
-            begin = _fill(borders, most, blocked)
+        begin = begin.take(pieces.source) + pieces.begin
+        if np.count_nonzero(blocked.take(begin)):
+            begin = _fill(borders, np.minimum(size, most), blocked)
     end = np.empty_like(begin)
-    end[:-1], end[-1] = begin[1:], len(tiled)
+    end[:-1], end[-1] = begin[1:], borders[-1]
     return Tiling(begin, end)
 
 
@@ -339,18 +342,18 @@ def _ranges(segments: Segments, chosen: Int64Array) -> Ranges:
 def _ranges_of(begin: Int64Array, end: Int64Array, num_rows: int) -> Ranges:
     starts = np.bincount(begin, minlength=num_rows + 1)
     depth = starts - np.bincount(end, minlength=num_rows + 1)
-    return Ranges(starts, depth.cumsum())
+    return Ranges(begin, end, starts, depth.cumsum())
 
 
-def _all_rows(num_rows: int) -> tuple[BoolArray, BoolArray]:
-    """All rows, and the outermost two borders."""
+def _outermost(num_rows: int) -> BoolArray:
+    """The first border and the last."""
     borders = np.zeros(num_rows + 1, np.bool_)
     borders[0] = borders[-1] = True
-    return np.ones(num_rows, np.bool_), borders
+    return borders
 
 
 def _changes(rows: BoolArray) -> BoolArray:
     """Borders at which the rows' value changes, and the outermost two."""
-    borders = np.ones(len(rows) + 1, np.bool_)
+    borders = _outermost(len(rows))
     np.not_equal(rows[1:], rows[:-1], out=borders[1:-1])
     return borders

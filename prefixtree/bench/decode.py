@@ -21,6 +21,7 @@ from prefixtree.bench.measure import Rounds, in_turn
 from prefixtree.bench.trees import unshared
 from prefixtree.bench.usable import UnusableInput, require_writable, write_figures
 from prefixtree.cache import PrefixCache
+from prefixtree.columns import Int64s
 from prefixtree.sequence import Sequence as Running
 
 BLOCK_SIZE = 16
@@ -28,6 +29,8 @@ WARM_UP = 2
 MODES = ("prefixtree", "not shared", "no attention")
 MEMORY_SHARE = 0.9
 """Of what is free: the rest is for what a step computes."""
+RESERVE = 16
+"""Steps that a plan advances before the next one is made: more, and tails would weigh in runs."""
 
 
 class Scenario(NamedTuple):
@@ -154,6 +157,8 @@ class Setup:
         shape = model.shape
         self.model, self.device, self.dtype = model, device, dtype
         self.backend = backend
+        # That backend makes every plan anew.
+        self.reserve = 0 if backend == "reference" else RESERVE
         self.storage = KVStorage(
             shape.layers,
             num_blocks,
@@ -177,6 +182,7 @@ class Setup:
             dtype=self.dtype,
             device=self.device,
             backend=self.backend,
+            reserve=self.reserve,
         )
 
 
@@ -195,12 +201,15 @@ class Decoding:
         self.positions = prompt.to(setup.device)
         # Different first tokens: whoever went on alike would be one sequence to the cache.
         self.tokens = np.arange(scenario.batch, dtype=np.int32) % setup.model.shape.vocab
+        self._plan: attention.Plan | None = None
+        self._advances_left = 0
 
     def step(self) -> None:
-        """Slots, forest, plan, model, next tokens, commit."""
+        """Slots, plan, model, next tokens, commit."""
         setup, storage = self.setup, self.setup.storage
-        slots = torch.from_numpy(self.cache.append(self.batch, self.tokens)).to(setup.device)
-        plan = None if self.mode == "no attention" else setup.plan(self._forest())
+        appended = self.cache.append(self.batch, self.tokens)
+        slots = torch.from_numpy(appended).to(setup.device)
+        plan = None if self.mode == "no attention" else self._planned(appended)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             storage.write(layer, slots, k, v)
@@ -214,6 +223,15 @@ class Decoding:
         self.positions += 1
         # Waits for the device: the next step needs the tokens.
         self.tokens = following.to("cpu", torch.int32).numpy()
+
+    def _planned(self, slots: Int64s) -> attention.Plan:
+        """The last plan, advanced to the new tokens' slots as long as it goes, or a new one."""
+        if self._plan is None or self._advances_left == 0:
+            self._plan, self._advances_left = self.setup.plan(self._forest()), self.setup.reserve
+        else:
+            self._plan.advance(slots)
+            self._advances_left -= 1
+        return self._plan
 
     def _forest(self) -> attention.Forest:
         forest = attention.Forest(**vars(self.cache.forest(self.batch)))

@@ -55,12 +55,13 @@ def path(forest: Forest, node: int) -> list[int]:
     return slots
 
 
-@given(tables(), st.sampled_from((1, 8, 1 << 17)))
+@given(tables(), st.sampled_from((1, 8, 1 << 16)), st.sampled_from((1, 2, 256)))
 def test_paths_are_those_of_the_tables_and_what_is_shared_stands_once(
-    case: Tables, window: int
+    case: Tables, window: int, columns: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_tables, "_WINDOW", window)
+        patch.setattr(block_tables, "_FIRST_COLUMNS", columns)
         forest = forest_from_block_tables(*case)
     forest.validate()
     assert forest.query_len.tolist() == np.diff(case.query_start_loc).tolist()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import attention
 from prefixtree import PrefixCache
 from prefixtree.__main__ import main
 from prefixtree.bench import decode
@@ -35,9 +36,10 @@ SCENARIOS = {
 }
 
 
-def setup_for(scenario: Scenario, steps: int) -> Setup:
+def setup_for(scenario: Scenario, steps: int, backend: str | None = None) -> Setup:
     torch.manual_seed(0)
-    return Setup(Decoder(SHAPE, torch.float32, CPU), scenario.blocks(steps), torch.float32, CPU)
+    model, blocks = Decoder(SHAPE, torch.float32, CPU), scenario.blocks(steps)
+    return Setup(model, blocks, torch.float32, CPU, backend)
 
 
 def test_every_experiment_is_measured(
@@ -112,8 +114,8 @@ def test_sequences_stand_on_the_tree_of_the_scenario(scenario: Scenario) -> None
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_sharing_changes_the_time_and_not_the_tokens(scenario: Scenario) -> None:
     found = []
-    for mode in MODES:
-        decoding = Decoding(setup_for(scenario, 6), scenario, mode)
+    for mode, backend in zip((*MODES, MODES[0]), (None, None, None, "reference"), strict=True):
+        decoding = Decoding(setup_for(scenario, 6, backend), scenario, mode)
         tokens = []
         for _ in range(6):
             decoding.step()
@@ -121,9 +123,32 @@ def test_sharing_changes_the_time_and_not_the_tokens(scenario: Scenario) -> None
         # The positions of the next tokens.
         assert set(decoding.positions.tolist()) == {scenario.few_shot + scenario.problem + 6}
         found.append(np.array(tokens))
-    shared, unshared, without = found
-    assert shared.tolist() == unshared.tolist()
+    shared, unshared, without, reference = found
+    assert shared.tolist() == unshared.tolist() == reference.tolist()
     assert shared.tolist() != without.tolist()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_advanced_plans_decode_what_new_ones_do(
+    scenario: Scenario, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 2 * BLOCK_SIZE + 3  # past the ends of blocks
+    found = []
+    for reserve, plans in ((0, steps), (4, steps // 5)):
+        setup = setup_for(scenario, steps)
+        setup.reserve = reserve
+        made: list[attention.Forest] = []
+        plan_of = setup.plan
+        monkeypatch.setattr(setup, "plan", lambda f, m=made, p=plan_of: (m.append(f), p(f))[1])
+        decoding = Decoding(setup, scenario, mode)
+        tokens = []
+        for _ in range(steps):
+            decoding.step()
+            tokens.append(decoding.tokens.copy())
+        assert len(made) == plans
+        found.append(np.array(tokens))
+    assert found[0].tolist() == found[1].tolist()
 
 
 def test_a_decode_step_is_what_dense_attention_gives() -> None:

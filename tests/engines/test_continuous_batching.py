@@ -214,6 +214,10 @@ class Driver:
             self.processor._generation_step(self.model)
             self.processor.update_batch()
         check_blocks(self.processor.cache)
+        for request_id, state in self.processor.scheduler.active_requests.items():
+            for allocator in self.processor.cache.cache_allocators.values():
+                # All that is computed and whole is in the tree, and nothing else.
+                assert allocator._held[request_id].blocks == state.position_offset // PAGE
         queue = self.manager.output_router.output_queue
         while not queue.empty():
             result = queue.get()
@@ -309,6 +313,44 @@ def test_room_is_made_leaf_by_leaf(calls):
     # Five times of six the hot prompt was found whole.
     assert stats.hit_tokens >= 5 * 32
     assert prefixes.match(hot).length == 32
+
+
+def test_siblings_fork_together_in_a_cache_full_of_what_nobody_uses(calls):
+    prompts = prompts_with_stems(8)
+    with continuous_batching.install():
+        driver = Driver(tiny_model("qwen3"), greedy(4, max_new_tokens=2), num_blocks=16)
+        for number, prompt in enumerate(prompts):
+            driver.manager.add_request(prompt, str(number))
+            while driver.step():
+                pass
+    assert calls["evict"] > 0
+    # None of them began again for want of a block.
+    assert calls["create_equivalent_initial_request"] == 0
+    assert len(driver.results) == 4 * len(prompts)
+
+
+def test_what_must_be_free_at_once_is():
+    """The library frees a request so that others go on, and counts on its blocks."""
+    first, second = prompts_with_stems(1)[0], [1, 2, 3, 4, 5, 6]
+    with continuous_batching.install():
+        driver = Driver(tiny_model("qwen3"), greedy())
+        for number, prompt in enumerate((first, first[:-1], second)):
+            driver.manager.add_request(prompt, str(number))
+            driver.step()
+        cache = driver.processor.cache
+        allocator = cache.cache_allocators["full_attention"]
+        free = cache.compute_free_capacity(relative=False) // allocator.bytes_per_block
+        own = set(allocator.block_table["2"])
+        shared = {*allocator.block_table["0"]} & {*allocator.block_table["1"]}
+        assert shared
+        assert allocator._held["2"].blocks > 0
+        for request_id, more in (
+            ("2", len(own)),
+            ("0", len({*allocator.block_table["0"]} - shared)),
+        ):
+            cache.free_blocks(request_id, no_cache=True)
+            free += more
+            assert cache.compute_free_capacity(relative=False) // allocator.bytes_per_block == free
 
 
 def test_sinks_are_keys_without_values(calls):

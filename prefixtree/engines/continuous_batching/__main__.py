@@ -4,5 +4,6 @@ from transformers.cli.transformers import main
 
 from prefixtree.engines.continuous_batching import install
 
-install()
-main()  # type: ignore[no-untyped-call]
+if __name__ == "__main__":
+    install()
+    main()  # type: ignore[no-untyped-call]

@@ -103,6 +103,46 @@ def test_a_prompt_of_two_requests_is_computed_once(guide):
     assert sum(computed) == 30 + 3 + 6
 
 
+@pytest.mark.parametrize("own", [10, 1], ids=["at once", "while it grows"])
+def test_who_fits_alone_runs_alone(guide, own):
+    """Beside the part of it that is cached in half-filled blocks it does not fit."""
+    engine = guide.Engine(guide.Runner(guide.Decoder(), 4, 4), PrefixCache(4, 4), 64)
+    for prompt, end in ((range(6), 7), ([*range(5), *range(50, 50 + own)], 16)):
+        done = engine.submit(prompt, end - len(prompt))
+        for _ in range(40):
+            if engine.running or engine.waiting:
+                engine.step()
+        assert list(map(len, done)) == [end]
+
+
+def test_samples_go_on_while_a_long_prompt_is_computed(guide):
+    engine = guide.Engine(guide.Runner(guide.Decoder(), 32, 4), PrefixCache(32, 4), 8)
+    engine.submit(range(6), 9, n=3)
+    engine.submit(range(20, 60), 1)
+    for generated in range(1, 6):
+        engine.step()
+        samples = [len(sample.tokens) - 6 for sample in engine.running if sample.tokens[0] == 0]
+        assert samples == [generated] * 3
+
+
+def test_what_is_written_is_never_written_again(guide):
+    written = []
+
+    class Runner(guide.Runner):
+        def __call__(self, tokens, positions, slots, forest):
+            written.extend(slots.tolist())
+            return super().__call__(tokens, positions, slots, forest)
+
+    engine = guide.Engine(Runner(guide.Decoder(), 32, 4), PrefixCache(32, 4), 64)
+    for new in (1, 1, 3):
+        engine.submit(range(10), new)
+        while engine.running or engine.waiting:
+            engine.step()
+    # Each slot once; of the second and the third prompt only the last token's logits are asked for.
+    assert written.count(-1) == 2
+    assert sorted(set(written)) == [-1, *sorted(slot for slot in written if slot >= 0)]
+
+
 def test_what_can_never_run_is_refused(guide):
     engine = guide.Engine(guide.Runner(guide.Decoder(), 2, 4), PrefixCache(2, 4), 64)
     with pytest.raises(AssertionError, match="never run"):

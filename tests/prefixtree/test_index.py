@@ -263,6 +263,49 @@ def test_growth_in_place_is_bounded() -> None:
     index.check()
 
 
+@pytest.fixture
+def grown(index: pt.PrefixIndex) -> pt.Prefix:
+    """A prefix 1 2 3 4 5 6 on the blocks 7 8 9, held, that made its last node itself."""
+    prefix = index.match([1, 2, 3, 4])
+    index.hold(prefix)
+    index.extend(prefix, [5, 6], [9])
+    return prefix
+
+
+def test_what_another_holds_does_not_grow(index: pt.PrefixIndex, grown: pt.Prefix) -> None:
+    other = index.match([1, 2, 3, 4, 5, 6])
+    index.hold(other)
+    index.extend(grown, [7, 8], [10])
+    index.release(grown)
+    assert index.evictable_blocks == 1
+    assert index.evict(9).tolist() == [10]
+    assert index.blocks(other).tolist() == [7, 8, 9]
+    index.check()
+
+
+def test_what_has_something_behind_it_does_not_grow(
+    index: pt.PrefixIndex, grown: pt.Prefix
+) -> None:
+    index.insert([1, 2, 3, 4, 5, 6, 0, 0], [7, 8, 9, 1])
+    assert index.extend(grown, [7, 8], [10]) == 0
+    assert index.extend(grown, [0, 0], [11]) == 0
+    index.check()
+    assert index.match([1, 2, 3, 4, 5, 6, 0, 0]).length == 8
+    assert index.blocks(index.match([1, 2, 3, 4, 5, 6, 7, 8, 0, 0])).tolist() == [7, 8, 9, 10, 11]
+
+
+def test_an_extension_that_is_known_moves_the_hold(index: pt.PrefixIndex, grown: pt.Prefix) -> None:
+    index.insert([1, 2, 3, 4, 5, 6, 0, 0, 1, 1], [7, 8, 9, 1, 2])
+    assert index.extend(grown, [0, 0], [10]) == 2
+    assert index.blocks(grown).tolist() == [7, 8, 9, 1]
+    assert index.extend(grown, [1, 1, 2, 2], [11, 12]) == 2
+    assert index.blocks(grown, 6).tolist() == [1, 2, 12]
+    assert index.evictable_blocks == 0
+    index.release(grown)
+    assert index.evictable_blocks == index.cached_blocks == 6
+    index.check()
+
+
 def test_an_older_prefix_never_takes_new_tokens_for_its_own(index: pt.PrefixIndex) -> None:
     older = index.match([1, 2, 3, 4])
     assert index.evict(1).tolist() == [8]
@@ -271,6 +314,23 @@ def test_an_older_prefix_never_takes_new_tokens_for_its_own(index: pt.PrefixInde
         with pytest.raises(pt.PrefixGone, match="4 tokens"):
             call(older)
     assert index.match([1, 2, 3, 4]).length == 2
+
+
+def test_a_node_that_may_have_been_cut_does_not_grow(index: pt.PrefixIndex) -> None:
+    older = index.match([1, 2, 3, 4])
+    assert index.evict(1).tolist() == [8]
+    index.insert([1, 2, 3, 4, 5, 6], [7, 1, 2])
+    assert index.evict(1).tolist() == [2]
+    prefix = index.match([1, 2])
+    index.hold(prefix)
+    assert index.extend(prefix, [3, 4], [9]) == 2
+    assert index.evict(9).tolist() == []
+    newer = index.match([1, 2, 3, 4])
+    index.extend(prefix, [7, 8], [10])
+    assert index.blocks(newer).tolist() == [7, 1]
+    with pytest.raises(pt.PrefixGone):
+        index.hold(older)
+    assert index.stats().nodes == 3
 
 
 def test_priorities_decide_who_goes_first() -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-BlockHash: TypeAlias = "int | bytes"
+BlockHash: TypeAlias = int | bytes
 """Of a whole block and all that lies before it on its path: 64 bits as an integer, or all bytes."""
 
 

@@ -121,11 +121,11 @@ def decoded(events: list[Event]) -> list[Any]:
 def whole_blocks(cache: pt.PrefixCache) -> Counter[Key]:
     """The whole blocks that a cache holds, counted from its tree."""
     found: Counter[Key] = Counter()
-    paths: dict[pt.NodeView, bytes] = {}
+    paths: dict[pt.NodeView | None, bytes] = {}
     view = cache.tree()
     size = view.block_size
     for node in view:
-        paths[node] = (paths[node.parent] if node.parent in paths else b"") + packed(node.tokens)
+        paths[node] = paths.get(node.parent, b"") + packed(node.tokens)
         for end in range(node.start // size + 1, (node.start + len(node.tokens)) // size + 1):
             found[parts_of(node.namespace), paths[node][: 4 * end * size]] += 1
     return found

@@ -50,4 +50,4 @@ class Told(Caching):
 
 
 TestTold = Told.TestCase
-TestTold.settings = settings(max_examples=40)
+TestTold.settings = settings(max_examples=settings.default.max_examples)

@@ -86,7 +86,9 @@ class Consumer:
             self.receive(int.from_bytes(number, "big"), payload)
 
     def follow(self, publisher: ZmqPublisher) -> None:
-        """Reads on until all is known that the publisher was given."""
+        """Reads on until all is known that the cache holds."""
+        settle(publisher, self)
+        publisher.publish()  # what earlier calls have postponed
         settle(publisher, self)
         batches = publisher.stats().batches
         while self.expected < batches:

@@ -94,7 +94,6 @@ def follow(requests: list[Request], num_blocks: int, checks: int, running: int =
             if draw.random() < 0.3:  # otherwise it reads nothing, and loses some
                 consumer.read()
             if number % (len(requests) // checks) == 0:
-                publisher.publish()
                 consumer.follow(publisher)
                 expected = recount(cache)
                 mirror = consumer.mirror

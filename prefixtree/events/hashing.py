@@ -47,13 +47,13 @@ class ChainedHash:
         name = json.dumps(namespace, separators=(",", ":")).encode()
         return self._hash(self._seed.to_bytes(8, "little") + name)
 
-    def extend(self, before: bytes, tokens: bytes, step: int) -> bytes:
-        """The hashes of the pieces of `step` bytes that `tokens` consists of, packed."""
+    def extend(self, before: bytes, tokens: bytes, step: int) -> list[bytes]:
+        """The hashes of the pieces of `step` bytes that `tokens` consists of."""
         function, hashes = self._hash, []
         for at in range(0, len(tokens), step):
             before = function(before + tokens[at : at + step])
             hashes.append(before)
-        return b"".join(hashes)
+        return hashes
 
 
 def _sha256(data: bytes) -> bytes:

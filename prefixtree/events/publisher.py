@@ -116,8 +116,8 @@ class ZmqPublisher:
         self._context.linger = LINGER_MS
         try:
             self._pub = self._socket(zmq.PUB, limit, endpoint)
-            # An answer is never longer.
-            self._router = self._socket(zmq.ROUTER, self._kept + 1, replay_endpoint)
+            # Twice the longest answer: ZeroMQ learns only by halves of it what was read.
+            self._router = self._socket(zmq.ROUTER, 2 * self._kept + 4, replay_endpoint)
         except BaseException:
             self._context.destroy(linger=0)
             raise

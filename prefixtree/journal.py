@@ -116,16 +116,25 @@ class Journal:
         return self._tell(removed, runs.where(~inside), runs.where(inside))
 
     def _condense(self) -> None:
-        gone = np.concatenate([np.empty(0, np.int32), *self._cut])
-        self._reach(gone)
-        # A block that went may have been used again and have gone again, untold: of several notes
-        # of a block the first one is about what was told.
-        gone = gone[self._told[gone]]
-        gone = gone[np.sort(np.unique(gone, return_index=True)[1])]
-        self._told[gone] = False
-        nodes = np.unique(np.concatenate([np.array(self._grown, np.int64), *self._batches]))
+        gone = np.empty(0, np.int32)
+        if self._cut:
+            gone = np.concatenate(self._cut)
+            # A block that went may have been used again and have gone again, untold: of several
+            # notes of a block the first one is about what was told.
+            gone = gone[self._is_told(gone)]
+            gone = gone[np.sort(np.unique(gone, return_index=True)[1])]
+            self._told[gone] = False
+        nodes = np.array(self._grown, np.int64)
+        if len(self._grown) or len(self._batches) != 1:  # else each is there once, as in a batch
+            nodes = np.unique(np.concatenate([nodes, *self._batches]))
+        else:
+            nodes = self._batches[0]
         self._cut, self._grown, self._batches = [gone], [], [nodes]
         self._room = max(NOTES, len(gone) // 16, len(nodes) // 16)
+
+    def _is_told(self, blocks: Int32s) -> npt.NDArray[np.bool_]:
+        self._reach(blocks)
+        return self._told[blocks]
 
     def _reach(self, blocks: Int32s) -> None:
         """Makes room for what is known of these blocks."""
@@ -146,8 +155,7 @@ class Journal:
         nodes, starts, counts = nodes[some], starts[some], counts[some]
         firsts = (np.asarray(table.offset)[nodes] + (size - 1 - starts % size)) // size
         last = tree.blocks.at(nodes, firsts + counts - 1)
-        self._reach(last)
-        new = np.flatnonzero(~self._told[last])
+        new = np.flatnonzero(~self._is_told(last))
         new = new[np.argsort(starts[new], kind="stable")]
         nodes, starts, counts, firsts = nodes[new], starts[new], counts[new], firsts[new]
         known = self._count_told(nodes, firsts, counts)
@@ -155,16 +163,22 @@ class Journal:
         return _Runs(nodes, firsts + known, counts - known, begins)
 
     def _count_told(self, nodes: Int64s, firsts: Int64s, counts: Int64s) -> Int64s:
-        """How many of each node's whole blocks were told: always the first ones. By bisection."""
+        """How many of each node's whole blocks were told: the first ones, and not the last."""
         low, high = np.zeros_like(counts), counts - 1
-        while len(open_ := np.flatnonzero(low < high)):
-            middle = (low[open_] + high[open_]) // 2
-            blocks = self._tree.blocks.at(nodes[open_], firsts[open_] + middle)
-            self._reach(blocks)
-            told = self._told[blocks]
-            low[open_] = np.where(told, middle + 1, low[open_])
-            high[open_] = np.where(told, high[open_], middle)
+        # Mostly none of a new node, or all but the last of a tail; otherwise by bisection.
+        self._narrow(low, high, nodes, firsts, low)
+        self._narrow(low, high, nodes, firsts, high - 1)
+        while (low < high).any():
+            self._narrow(low, high, nodes, firsts, (low + high) // 2)
         return low
+
+    def _narrow(self, low: Int64s, high: Int64s, nodes: Int64s, firsts: Int64s, at: Int64s) -> None:
+        """Looks whether block `at` was told where that says more: low <= at < high."""
+        rows = np.flatnonzero(low < high)
+        at = np.maximum(at[rows], low[rows])
+        told = self._is_told(self._tree.blocks.at(nodes[rows], firsts[rows] + at))
+        low[rows[told]] = at[told] + 1
+        high[rows[~told]] = at[~told]
 
     def _tell(self, removed: Int32s, runs: _Runs, tails: _Runs) -> Changes:
         """`tails`: those whose tokens all lie in one tail, behind which there is nothing."""
@@ -182,6 +196,7 @@ class Journal:
 
         runs = _Runs(*map(np.concatenate, zip(runs, tails, strict=True)))
         stored = tree.blocks.at(np.repeat(runs.nodes, runs.counts), spans(runs.firsts, runs.counts))
+        self._reach(stored)
         self._told[stored] = True
         namespaces = {
             run: namespace

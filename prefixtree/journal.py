@@ -7,8 +7,9 @@ tokens in a block lie on one path, one behind the other, so one multiple of `blo
 among their positions. There they stay, whatever nodes are split and merged. So a whole block goes
 by the id of the block that it ends in, and all there is to remember of each is one bit.
 
-The tree notes only where something changed, in well under a microsecond. What that means is found
-out when `take` asks, by the state then: to ask seldom loses nothing.
+The tree notes only where something changed, in about a microsecond. What that means is found out
+when `take` asks, by the state then: to ask seldom loses nothing. Nodes that merge need no note:
+what lies behind something untold is untold itself, so the node that remains was noted before.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Journal:
         self._grown: list[int] = []
         self._batches = [np.flatnonzero(np.asarray(tree.nodes.length))]
         self._cut: list[Int32s] = []
+        self._gone: Int32s = np.empty(0, np.int32)  # what was told and cut, from earlier notes
         self._room = NOTES
 
     def grew(self, node: int) -> None:
@@ -108,7 +110,8 @@ class Journal:
         tail of an open sequence.
         """
         self._condense()
-        removed, nodes = self._cut.pop(), self._batches.pop()
+        removed, nodes = self._gone, self._batches.pop()
+        self._gone = removed[:0]
         self._room = NOTES
         runs = self._untold(nodes)
         tails = np.asarray(self._tree.nodes.writer)[runs.nodes] > 0
@@ -116,21 +119,19 @@ class Journal:
         return self._tell(removed, runs.where(~inside), runs.where(inside))
 
     def _condense(self) -> None:
-        gone = np.empty(0, np.int32)
         if self._cut:
-            gone = np.concatenate(self._cut)
             # A block that went may have been used again and have gone again, untold: of several
             # notes of a block the first one is about what was told.
+            gone = np.concatenate(self._cut)
             gone = gone[self._is_told(gone)]
             gone = gone[np.sort(np.unique(gone, return_index=True)[1])]
             self._told[gone] = False
-        nodes = np.array(self._grown, np.int64)
-        if len(self._grown) or len(self._batches) != 1:  # else each is there once, as in a batch
-            nodes = np.unique(np.concatenate([nodes, *self._batches]))
-        else:
-            nodes = self._batches[0]
-        self._cut, self._grown, self._batches = [gone], [], [nodes]
-        self._room = max(NOTES, len(gone) // 16, len(nodes) // 16)
+            self._gone = np.concatenate([self._gone, gone])
+        if self._grown or len(self._batches) != 1:  # else each is there once, as in a batch
+            grown = np.array(self._grown, np.int64)
+            self._batches = [np.unique(np.concatenate([grown, *self._batches]))]
+        self._cut, self._grown = [], []
+        self._room = max(NOTES, len(self._gone) // 16, len(self._batches[0]) // 16)
 
     def _is_told(self, blocks: Int32s) -> npt.NDArray[np.bool_]:
         self._reach(blocks)

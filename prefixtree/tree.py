@@ -433,8 +433,6 @@ class RadixTree:
         nodes.length[node] += nodes.length[parent]
         self._child[self._key(nodes.parent[node], self.tokens[node])] = node
         self._forget(parent)
-        if self.journal is not None:
-            self.journal.grew(node)
         return shared
 
     def drop_front(self, tail: int, count: int) -> Int32s:

@@ -77,3 +77,11 @@ class DecodeFailed(PrefixTreeError, RuntimeError):
 
 class CannotServe(PrefixTreeError, OSError):
     """The inspector cannot listen where it was told to: the port is in use, or not allowed."""
+
+
+class CannotPublish(PrefixTreeError, OSError):
+    """KV events cannot be sent: the port is in use, the address is none, or sending failed."""
+
+
+class EventsClosed(PrefixTreeError, RuntimeError):
+    """The KV events, or what publishes them, were closed before."""

@@ -171,6 +171,8 @@ class Tails:
         tree.cached_tokens += published
         self.pending_tokens -= published
         lengths[tails] = found
+        if tree.journal is not None:
+            tree.journal.all_grew(tails)
         moved = map(self._publish, tails[fresh].tolist(), first)
         return fresh[np.fromiter(moved, np.bool_, len(fresh))]
 
@@ -184,6 +186,8 @@ class Tails:
             tree.cached_tokens += found - nodes.length[tail]
             self.pending_tokens -= found - nodes.length[tail]
             nodes.length[tail] = found
+            if tree.journal is not None:
+                tree.journal.grew(tail)
             return False
         return found > 0 and self._publish(tail, found)
 

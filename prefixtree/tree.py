@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from prefixtree.columns import Column, Columns, FloatColumn, Int32s, Int64s
 from prefixtree.errors import InvalidNamespace
 from prefixtree.ragged import RaggedInts
 from prefixtree.tokens import agreement
+
+if TYPE_CHECKING:
+    from prefixtree.journal import Journal
 
 ROOT = 0
 
@@ -126,6 +129,7 @@ class RadixTree:
         self.blocks = RaggedInts()
         self.tail_tokens = RaggedInts()
         self.cached_tokens = 0  # in linked nodes
+        self.journal: Journal | None = None  # told of all that walks find, or no longer find
         self._made = 0
         # One dict for all edges, (first tokens of the child, node) -> child, both in one int: a
         # million nodes are then one container for the garbage collector, not a million.
@@ -237,6 +241,10 @@ class RadixTree:
             node = self.nodes.parent[node]
         return node
 
+    def namespace_above(self, node: int) -> Namespace:
+        """The namespace that the node is in. O(depth)."""
+        return self._namespace_of[self.root_above(node)]
+
     def below(self, top: int) -> Int64s:
         """The linked nodes below `top`, deepest first. O(nodes * depth), vectorised."""
         nodes = self.nodes
@@ -344,6 +352,8 @@ class RadixTree:
         nodes.children[parent] += 1
         nodes.linked[node] = 1
         self.cached_tokens += nodes.length[node]
+        if self.journal is not None:
+            self.journal.grew(node)
 
     def attach(self, parent: int, tokens: Int32s, blocks: Int32s) -> int:
         """A new leaf of whole blocks behind `parent`, unpinned; no child may begin like it."""
@@ -397,6 +407,8 @@ class RadixTree:
             nodes.children[upper] = 1
         else:
             nodes.linked[node] = 0
+        if self.journal is not None:
+            self.journal.grew(upper)
         if not rest:
             return upper, -1
         nodes.shares_first[node] = 1
@@ -483,6 +495,8 @@ class RadixTree:
             del self._root_of[self._namespace_of.pop(node)]
         elif nodes.linked[node]:
             parent = nodes.parent[node]
+            if self.journal is not None:
+                self.journal.cut(node, 0)
             del self._child[self._key(parent, self._first_tokens(node))]
             nodes.children[parent] -= 1
             self.cached_tokens -= nodes.length[node]
@@ -495,6 +509,8 @@ class RadixTree:
         O(blocks dropped), amortised: the bytes are cut when a walk comes by or half are of no use.
         """
         nodes = self.nodes
+        if self.journal is not None:
+            self.journal.cut(leaf, length)
         self.cached_tokens -= nodes.length[leaf] - length
         nodes.length[leaf] = length
         if len(self.tokens[leaf]) > 8 * length:

@@ -1,0 +1,239 @@
+"""What changed in a tree since somebody asked last, in whole blocks.
+
+A *whole block* is `block_size` tokens of a path that begin at a multiple of it: what the world
+outside, that knows paths only, can share. It is there as long as walks find its last token. The KV
+of that token lies in one block of the pool, and no other whole block ends in the same one: the
+tokens in a block lie on one path, one behind the other, so one multiple of `block_size` at most is
+among their positions. There they stay, whatever nodes are split and merged. So a whole block goes
+by the id of the block that it ends in, and all there is to remember of each is one bit.
+
+The tree notes only where something changed, in about a microsecond. What that means is found out
+when `take` asks, by the state then: to ask seldom loses nothing. Nodes that merge need no note:
+what lies behind something untold is untold itself, so the node that remains was noted before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from prefixtree.columns import Int32s, Int64s
+from prefixtree.ragged import spans
+from prefixtree.tree import DEFAULT, Namespace, RadixTree
+
+NOTES = 1024
+"""Notes of a kind that are kept before those that say the same are made one."""
+
+
+class Changes(NamedTuple):
+    """Whole blocks that went, and then those that came in R runs, each a piece of a path."""
+
+    removed: Int32s
+    """What lies behind another block on its path comes before it."""
+    parents: Int32s
+    """[R] the block in front of a run, told before it; -1 where a path begins."""
+    counts: Int64s
+    """[R] blocks of each run."""
+    namespaces: dict[int, Namespace]
+    """Of the runs that begin a path, by index; those in the default namespace are left out."""
+    stored: Int32s
+    """The blocks of the runs, packed."""
+    tokens: Int32s
+    """Their tokens, packed: `block_size` each."""
+
+    def __bool__(self) -> bool:
+        return bool(len(self.removed) or len(self.stored))
+
+
+class _Runs(NamedTuple):
+    """Blocks to tell of in one node each."""
+
+    nodes: Int64s
+    firsts: Int64s
+    """Index among the node's blocks of the one that the first new whole block ends in."""
+    counts: Int64s
+    begins: Int64s
+    """Position of the first token of the first new whole block."""
+
+    def where(self, chosen: npt.NDArray[np.bool_] | Int64s) -> _Runs:
+        return _Runs(*(column[chosen] for column in self))
+
+
+class Journal:
+    """Of one tree, which writes to it while it is the tree's `journal`.
+
+    Notes that say the same are made one now and then, so that they take no more memory than the
+    nodes and the blocks do, however seldom `take` is called.
+    """
+
+    def __init__(self, tree: RadixTree) -> None:
+        """What is in the tree already counts as having come just now. O(nodes)."""
+        self._tree = tree
+        self._told: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)  # by block
+        self._grown: list[int] = []
+        self._batches = [np.flatnonzero(np.asarray(tree.nodes.length))]
+        self._cut: list[Int32s] = []
+        self._gone: Int32s = np.empty(0, np.int32)  # what was told and cut, from earlier notes
+        self._room = NOTES
+
+    def grew(self, node: int) -> None:
+        """Walks find tokens in this node that they did not find there before. O(1)."""
+        self._grown.append(node)
+        if len(self._grown) > self._room:
+            self._condense()
+
+    def all_grew(self, nodes: Int64s) -> None:
+        """As `grew` for each of an array that never changes. O(1)."""
+        self._batches.append(nodes)
+        if len(self._batches) > NOTES:
+            self._condense()
+
+    def cut(self, node: int, length: int) -> None:
+        """Walks will find only the first `length` of this node's tokens. O(blocks that go)."""
+        tree, nodes = self._tree, self._tree.nodes
+        size, offset = tree.block_size, nodes.offset[node]
+        last = (offset - nodes.start[node] - 1) % size  # where in a block whole blocks end
+        first = -((last - offset - length) // size)
+        behind = -((last - offset - nodes.length[node]) // size)
+        if first < behind:
+            self._cut.append(tree.blocks.get(node)[first:behind][::-1].copy())
+            if len(self._cut) > self._room:
+                self._condense()
+
+    def take(self) -> Changes:
+        """What changed since the last call; nothing of what came and went in between.
+
+        A few vector operations, and Python work for each run of new blocks that does not lie in the
+        tail of an open sequence.
+        """
+        self._condense()
+        removed, nodes = self._gone, self._batches.pop()
+        self._gone = removed[:0]
+        self._room = NOTES
+        runs = self._untold(nodes)
+        tails = np.asarray(self._tree.nodes.writer)[runs.nodes] > 0
+        inside = tails & (runs.begins >= np.asarray(self._tree.nodes.start)[runs.nodes])
+        return self._tell(removed, runs.where(~inside), runs.where(inside))
+
+    def _condense(self) -> None:
+        if self._cut:
+            # A block that went may have been used again and have gone again, untold: of several
+            # notes of a block the first one is about what was told.
+            gone = np.concatenate(self._cut)
+            gone = gone[self._is_told(gone)]
+            gone = gone[np.sort(np.unique(gone, return_index=True)[1])]
+            self._told[gone] = False
+            self._gone = np.concatenate([self._gone, gone])
+        if self._grown or len(self._batches) != 1:  # else each is there once, as in a batch
+            grown = np.array(self._grown, np.int64)
+            self._batches = [np.unique(np.concatenate([grown, *self._batches]))]
+        self._cut, self._grown = [], []
+        self._room = max(NOTES, len(self._gone) // 16, len(self._batches[0]) // 16)
+
+    def _is_told(self, blocks: Int32s) -> npt.NDArray[np.bool_]:
+        self._reach(blocks)
+        return self._told[blocks]
+
+    def _reach(self, blocks: Int32s) -> None:
+        """Makes room for what is known of these blocks."""
+        needed = int(blocks.max(initial=-1)) + 1
+        if needed > len(self._told):
+            told = np.zeros(max(needed, 2 * len(self._told)), np.bool_)
+            told[: len(self._told)] = self._told
+            self._told = told
+
+    def _untold(self, nodes: Int64s) -> _Runs:
+        """What is new in these nodes, parents before children."""
+        tree, size = self._tree, self._tree.block_size
+        table = tree.nodes
+        starts = np.asarray(table.start)[nodes]
+        ends = np.asarray(table.linked)[nodes] * np.asarray(table.length)[nodes] + starts
+        counts = ends // size - starts // size
+        some = np.flatnonzero(counts)
+        nodes, starts, counts = nodes[some], starts[some], counts[some]
+        firsts = (np.asarray(table.offset)[nodes] + (size - 1 - starts % size)) // size
+        last = tree.blocks.at(nodes, firsts + counts - 1)
+        new = np.flatnonzero(~self._is_told(last))
+        new = new[np.argsort(starts[new], kind="stable")]
+        nodes, starts, counts, firsts = nodes[new], starts[new], counts[new], firsts[new]
+        known = self._count_told(nodes, firsts, counts)
+        begins = (starts // size + known) * size
+        return _Runs(nodes, firsts + known, counts - known, begins)
+
+    def _count_told(self, nodes: Int64s, firsts: Int64s, counts: Int64s) -> Int64s:
+        """How many of each node's whole blocks were told: the first ones, and not the last."""
+        low, high = np.zeros_like(counts), counts - 1
+        # Mostly none of a new node, or all but the last of a tail; otherwise by bisection.
+        self._narrow(low, high, nodes, firsts, low)
+        self._narrow(low, high, nodes, firsts, high - 1)
+        while (low < high).any():
+            self._narrow(low, high, nodes, firsts, (low + high) // 2)
+        return low
+
+    def _narrow(self, low: Int64s, high: Int64s, nodes: Int64s, firsts: Int64s, at: Int64s) -> None:
+        """Looks whether block `at` was told where that says more: low <= at < high."""
+        rows = np.flatnonzero(low < high)
+        at = np.maximum(at[rows], low[rows])
+        told = self._is_told(self._tree.blocks.at(nodes[rows], firsts[rows] + at))
+        low[rows[told]] = at[told] + 1
+        high[rows[~told]] = at[~told]
+
+    def _tell(self, removed: Int32s, runs: _Runs, tails: _Runs) -> Changes:
+        """`tails`: those whose tokens all lie in one tail, behind which there is nothing."""
+        tree, size = self._tree, self._tree.block_size
+        pieces = [
+            piece
+            for node, begin, count in zip(
+                runs.nodes.tolist(), runs.begins.tolist(), runs.counts.tolist(), strict=True
+            )
+            for piece in self._tokens(node, begin, begin + size * count)
+        ]
+        lengths = size * tails.counts
+        places = spans(tails.begins - np.asarray(tree.nodes.start)[tails.nodes], lengths)
+        pieces.append(tree.tail_tokens.at(np.repeat(tails.nodes, lengths), places))
+
+        runs = _Runs(*map(np.concatenate, zip(runs, tails, strict=True)))
+        stored = tree.blocks.at(np.repeat(runs.nodes, runs.counts), spans(runs.firsts, runs.counts))
+        self._reach(stored)
+        self._told[stored] = True
+        namespaces = {
+            run: namespace
+            for run in np.flatnonzero(runs.begins == 0).tolist()
+            if tree.num_roots > 1
+            and (namespace := tree.namespace_above(int(runs.nodes[run]))) != DEFAULT
+        }
+        tokens = np.concatenate(pieces)
+        return Changes(removed, self._parents(runs), runs.counts, namespaces, stored, tokens)
+
+    def _parents(self, runs: _Runs) -> Int32s:
+        """The blocks that the tokens in front of the runs lie in, -1 where there are none."""
+        table = self._tree.nodes
+        starts = np.asarray(table.start)
+        nodes, before = runs.nodes.copy(), runs.begins - 1
+        above = np.flatnonzero(before >= 0)
+        while len(above := above[starts[nodes[above]] > before[above]]):
+            nodes[above] = np.asarray(table.parent)[nodes[above]]
+        parents = np.full(len(nodes), -1, np.int32)
+        behind = np.flatnonzero(before >= 0)
+        nodes, before = nodes[behind], before[behind]
+        places = before - starts[nodes] + np.asarray(table.offset)[nodes]
+        parents[behind] = self._tree.blocks.at(nodes, places // self._tree.block_size)
+        return parents
+
+    def _tokens(self, node: int, begin: int, end: int) -> Iterator[Int32s]:
+        """Those at positions begin..end-1 of the path to `node`, which `end` lies in."""
+        tree, nodes = self._tree, self._tree.nodes
+        above = []
+        while nodes.start[node] > begin:
+            above.append((node, nodes.start[node], end))
+            end = nodes.start[node]
+            node = nodes.parent[node]
+        for holder, first, behind in [(node, begin, end), *reversed(above)]:
+            if nodes.writer[holder]:
+                tokens = tree.tail_tokens.get(holder)
+            else:
+                tokens = np.frombuffer(tree.edge(holder), np.int32)
+            yield tokens[first - nodes.start[holder] : behind - nodes.start[holder]]

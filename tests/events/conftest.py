@@ -1,0 +1,4 @@
+import pytest
+
+pytest.importorskip("msgspec")
+pytest.importorskip("zmq")

@@ -44,8 +44,9 @@ class _Step:
     Attributes:
         rids: names of the batch's requests, in order; None if the engine does not say.
         seq_lens: int64 [S], tokens of each, its queries among them.
-        query_lens: int64 [S].
-        rows: int64 tensor [S] on the device, rows of SGLang's req_to_token.
+        query_lens, num_pages: int64 [S].
+        pages: int32 tensor [S, pages] on the device, the first slot of each page of a sequence in
+            order; anything behind its length.
         forests: by whether they are of the slots of the sliding-window pool.
         plans: what its layers attend with.
     """
@@ -53,21 +54,29 @@ class _Step:
     rids: list[str] | None
     seq_lens: NDArray[np.int64]
     query_lens: NDArray[np.int64]
-    rows: torch.Tensor
+    num_pages: NDArray[np.int64]
+    pages: torch.Tensor
     is_decode: bool
     forests: dict[bool, attention.Forest] = field(default_factory=dict)
     plans: dict[_Shape, attention.Plan] = field(default_factory=dict)
 
     def follows(self, before: _Step | None) -> bool:
-        """Whether this is the decode step after `before`, of the same requests in one order."""
-        return (
-            before is not None
-            and before.is_decode
-            and self.is_decode
-            and self.rids is not None
-            and self.rids == before.rids
-            and np.array_equal(self.seq_lens, before.seq_lens + 1)
-        )
+        """Whether this is the decode step after `before`, of the same requests on the same pages.
+
+        Their pages change when SGLang finds, a step after it, that a prompt was in its tree.
+        """
+        if (
+            before is None
+            or not (before.is_decode and self.is_decode)
+            or self.rids is None
+            or self.rids != before.rids
+            or not np.array_equal(self.seq_lens, before.seq_lens + 1)
+        ):
+            return False
+        columns = before.pages.shape[1]
+        used = torch.arange(columns) < torch.from_numpy(before.num_pages).unsqueeze(1)
+        changed = self.pages[:, :columns] != before.pages
+        return not bool((changed & used.to(changed.device)).any())
 
 
 class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
@@ -104,7 +113,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Begin a step. Raises `UnsupportedAttention` for batches of speculative decoding and such.
 
-        O(S); forests and plans are made when the first layer that needs one asks for it.
+        O(pages of all sequences); forests and plans are made when a layer asks for one.
         """
         mode = forward_batch.forward_mode
         if mode.is_idle():
@@ -115,7 +124,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
                 f"the batch's forward mode is {mode.name}, expected one of "
                 f"{', '.join(known.name for known in _MODES)}"
             )
-        step, before = _step_of(forward_batch), self._step
+        step, before = self._step_of(forward_batch), self._step
         slots = forward_batch.out_cache_loc
         self._window_slots = self._in_window_pool(slots) if self._has_window_pool else None
         if before is not None and step.follows(before):
@@ -207,6 +216,22 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
         pages = len(cache) // self.page_size
         return cache[: pages * self.page_size].unflatten(0, (pages, self.page_size))
 
+    def _step_of(self, batch: Any) -> _Step:
+        lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
+        seq_lens = lengths.cpu().numpy().astype(np.int64)
+        rows, is_decode = batch.req_pool_indices, batch.forward_mode.is_decode()
+        if is_decode:
+            query_lens = np.ones(len(seq_lens), np.int64)
+        else:
+            query_lens = np.asarray(batch.extend_seq_lens_cpu, np.int64)
+            if not query_lens.all():  # a forest has no sequences without a query
+                takes_part = np.flatnonzero(query_lens)
+                rows = rows[torch.as_tensor(takes_part, device=rows.device)]
+                seq_lens, query_lens = seq_lens[takes_part], query_lens[takes_part]
+        pages = self.req_to_token[rows, : int(seq_lens.max()) : self.page_size]
+        num_pages = -(-seq_lens // self.page_size)
+        return _Step(batch.rids, seq_lens, query_lens, num_pages, pages, is_decode)
+
     def _plan(
         self, step: _Step, layer: Any, dtype: torch.dtype, kv_dtype: torch.dtype
     ) -> attention.Plan:
@@ -243,10 +268,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
 
     def _forest(self, step: _Step, in_window_pool: bool) -> attention.Forest:
         if in_window_pool not in step.forests:
-            longest = int(step.seq_lens.max())
-            slots = self.req_to_token[step.rows, : longest : self.page_size]
-            if in_window_pool:
-                slots = self._in_window_pool(slots)
+            slots = self._in_window_pool(step.pages) if in_window_pool else step.pages
             # What is behind a row's length is not read by anyone, and may be anything.
             tables = (slots // self.page_size).cpu().numpy()
             step.forests[in_window_pool] = attention.forest_from_block_tables(
@@ -275,20 +297,6 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
     def _in_window_pool(self, slots: torch.Tensor) -> torch.Tensor:
         translated: torch.Tensor = self.token_to_kv_pool.translate_loc_from_full_to_swa(slots)
         return translated
-
-
-def _step_of(batch: Any) -> _Step:
-    lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
-    seq_lens = lengths.cpu().numpy().astype(np.int64)
-    rows, rids, is_decode = batch.req_pool_indices, batch.rids, batch.forward_mode.is_decode()
-    if is_decode:
-        return _Step(rids, seq_lens, np.ones(len(seq_lens), np.int64), rows, True)
-    query_lens = np.asarray(batch.extend_seq_lens_cpu, np.int64)
-    if not query_lens.all():  # a forest has no sequences without a query
-        takes_part = np.flatnonzero(query_lens)
-        rows = rows[torch.as_tensor(takes_part, device=rows.device)]
-        seq_lens, query_lens = seq_lens[takes_part], query_lens[takes_part]
-    return _Step(rids, seq_lens, query_lens, rows, False)
 
 
 def _float32(scale: Any) -> torch.Tensor | None:

@@ -112,7 +112,7 @@ class PrefixTreeCache(BasePrefixCache):  # type: ignore[misc]
         return self.index.match([], namespace=(extra_key, None))
 
     def match_prefix(self, params: Any) -> MatchResult:
-        """The longest cached prefix, in whole pages, and its place in the eviction order renewed."""
+        """The longest cached prefix, in whole pages; renews its place in the eviction order."""
         prefix = self._touched(params.key)
         return MatchResult(
             device_prefix_len=prefix.length,
@@ -226,9 +226,7 @@ class PrefixTreeCache(BasePrefixCache):  # type: ignore[misc]
         print(self.index.tree())
 
     def _touched(self, key: Any) -> Prefix:
-        prefix = self.index.match(
-            _tokens(key.token_ids, 0, len(key)), namespace=_namespace(key)
-        )
+        prefix = self.index.match(_tokens(key.token_ids, 0, len(key)), namespace=_namespace(key))
         if prefix.length:
             self.index.hold(prefix)
             self.index.release(prefix)

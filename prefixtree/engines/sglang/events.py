@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -29,9 +30,8 @@ class _Stored(NamedTuple):
     """What a page was announced as: of its tokens, of them in their namespace, the namespace."""
 
     hash_value: str
-    event_hash_value: str | None
-    extra_key: str | None
-    cache_salt: str | None
+    event_hash_value: str
+    namespace: tuple[str | None, str | None]
 
 
 class PageEvents:
@@ -58,28 +58,28 @@ class PageEvents:
         parent = _ROOT
         if before is not None:
             known = self._pages[before]
-            event_hash = None if known.event_hash_value is None else [known.event_hash_value]
-            parent = _Node(key, _ROOT, [known.hash_value], event_hash)
+            parent = _Node(key, _ROOT, [known.hash_value], [known.event_hash_value])
         node = _Node(key, parent, None, None)
         self._recorder.record_store(node)
         assert node.hash_value is not None
-        event_hashes = node.event_hash_value or [None] * len(blocks)
-        for block, *hashes in zip(blocks.tolist(), node.hash_value, event_hashes, strict=True):
-            self._pages[block] = _Stored(*hashes, key.extra_key, key.cache_salt)
+        # Without a namespace the recorder makes one hash only.
+        event_hashes = node.event_hash_value or node.hash_value
+        namespace = (key.extra_key, key.cache_salt)
+        for block, own, event in zip(blocks.tolist(), node.hash_value, event_hashes, strict=True):
+            self._pages[block] = _Stored(own, event, namespace)
 
     def removed(self, blocks: Int32s) -> None:
         """These pages are gone; int32 [pages]."""
         gone = [self._pages.pop(block) for block in blocks.tolist()]
         page_size = self._recorder.page_size
-        for (extra_key, cache_salt), group in groupby(gone, key=lambda page: page[2:]):
+        for (extra_key, cache_salt), group in groupby(gone, key=attrgetter("namespace")):
             pages = list(group)
             # The recorder reads how many tokens they have, not which.
-            key = RadixKey(array("q", bytes(8 * page_size * len(pages))), extra_key)
-            key.cache_salt = cache_salt
+            tokens = array("q", bytes(8 * page_size * len(pages)))
+            key = RadixKey(tokens, extra_key, cache_salt=cache_salt)
             hashes = [page.hash_value for page in pages]
             event_hashes = [page.event_hash_value for page in pages]
-            named = None if event_hashes[0] is None else event_hashes
-            self._recorder.record_remove(_Node(key, _ROOT, hashes, named))
+            self._recorder.record_remove(_Node(key, _ROOT, hashes, event_hashes))
 
     def cleared(self) -> None:
         """Everything is gone."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefixtree.engines.sglang import plugin
+from prefixtree.index import PrefixIndex
 
 FILE = "PREFIXTREE_TEST_COUNTS"
 """Environment variable: path of the counts."""
@@ -22,6 +23,7 @@ NAMES = (
     "inc_lock_ref",
     "dec_lock_ref",
     "path_device_indices",
+    "extend",
     "duplicates",
     "checks",
     "init_forward_metadata",
@@ -95,5 +97,7 @@ def _watch_cache(cache: Any, counts: np.ndarray) -> None:
     for name in ("match_prefix", "inc_lock_ref", "dec_lock_ref", "path_device_indices"):
         _count(cache, name, counts)
     _count(cache, "checkpoint", counts, check)
-    _count(cache, "evict", counts, lambda result, *_: add("evicted_tokens", result[0]))
-    free_segment = cache.token_to_kv_pool_allocator.free_segment
+    _count(
+        cache, "evict", counts, lambda result, *_: add("evicted_tokens", result.num_tokens_evicted)
+    )
+    _count(PrefixIndex, "extend", counts, lambda known, *_: add("duplicates", known))

@@ -214,7 +214,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
     def _paged(self, cache: torch.Tensor) -> torch.Tensor:
         """[slots, heads, head_dim] as [pages, page_size, heads, head_dim]; a view."""
         pages = len(cache) // self.page_size
-        return cache[: pages * self.page_size].unflatten(0, (pages, self.page_size))
+        return cache[: pages * self.page_size].view(pages, self.page_size, *cache.shape[1:])
 
     def _step_of(self, batch: Any) -> _Step:
         lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu

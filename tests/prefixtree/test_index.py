@@ -344,6 +344,23 @@ def test_priorities_decide_who_goes_first() -> None:
         pt.PrefixIndex(4).retain(pt.PrefixIndex(4).match([]), priority=1)
 
 
+def test_a_prefix_is_promoted_where_it_was_worth_less() -> None:
+    index = pt.PrefixIndex(8, 1, eviction="priority")
+    index.retain(index.insert([1, 2], [0, 1]).prefix, priority=80)
+    longer = index.insert([1, 2, 3, 4], [0, 1, 2, 3]).prefix
+    index.insert([5], [4])
+    index.promote(longer, priority=60)
+    index.promote(index.match([]), priority=99)
+    index.promote(index.match([5]), priority=70)
+    index.promote(index.match([5]), priority=10)
+    index.check()
+    assert [index.evict(1).tolist() for _ in range(5)] == [[3], [2], [4], [1], [0]]
+    with pytest.raises(InvalidArgument, match="101"):
+        index.promote(longer, priority=101)
+    with pytest.raises(pt.PriorityUnused, match="'lru'"):
+        pt.PrefixIndex(8, 1).promote(longer, priority=60)
+
+
 def test_requests_are_counted_when_they_are_held(index: pt.PrefixIndex) -> None:
     prefix = index.match([1, 2, 9])
     index.hold(prefix, query_tokens=3)

@@ -19,15 +19,20 @@ from vllm.v1.request import Request
 from prefixtree.columns import Int32s
 from prefixtree.index import Prefix, PrefixIndex
 
+_NO_SIGN = np.int32(np.iinfo(np.int32).max)
 WORDS = 8
 """Tokens of the tree for a block: the int32 words of a hash of 32 bytes, 0 behind shorter ones."""
 
 
 def as_words(hashes: Sequence[bytes]) -> Int32s:
-    """Hashes of one length as tokens of the tree, int32 [len(hashes) * WORDS]."""
-    words = np.frombuffer(b"".join(hashes), np.int32).reshape(len(hashes), -1)
-    if len(hashes) and words.shape[1] < WORDS:
-        words = np.pad(words, ((0, 0), (0, WORDS - words.shape[1])))
+    """Hashes of one length as tokens of the tree, int32 [len(hashes) * WORDS].
+
+    Tokens have no sign, so that 31 bits of each 32 are compared: 248 of a SHA-256.
+    """
+    words = np.frombuffer(b"".join(hashes), np.int32) & _NO_SIGN
+    short = WORDS - len(words) // max(len(hashes), 1)
+    if short and len(hashes):
+        words = np.pad(words.reshape(len(hashes), -1), ((0, 0), (0, short)))
     return words.ravel()
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from allocator.block_set import BlockSet
 from allocator.errors import (
     AllocatorError,
+    BlockTaken,
     BrokenInvariant,
     DoubleFree,
     ForeignBlock,
@@ -53,6 +55,8 @@ __all__ = [
     "Ageing",
     "AllocatorError",
     "BlockPool",
+    "BlockSet",
+    "BlockTaken",
     "BrokenInvariant",
     "Cost",
     "DoubleFree",

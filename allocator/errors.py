@@ -73,6 +73,12 @@ class ForeignBlock(_BlockError):
     problem = "not a block in use of this pool"
 
 
+class BlockTaken(_BlockError):
+    """Blocks given to a tree that has them already, or given twice."""
+
+    problem = "given twice"
+
+
 class KVMismatch(AllocatorError, ValueError):
     """Keys, values or slots that do not fit the storage: shape, dtype, device or layer."""
 

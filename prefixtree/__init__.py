@@ -17,8 +17,10 @@ from prefixtree.errors import (
     InvalidTokens,
     NotAligned,
     NotCommitted,
+    NotHeld,
     NotPinned,
     NotPreempted,
+    PrefixGone,
     PrefixTreeError,
     PriorityUnused,
     RollbackPastFork,
@@ -29,6 +31,7 @@ from prefixtree.evictions import Evicted, Eviction, EvictionCount
 from prefixtree.explain import Explanation, Why
 from prefixtree.forest import Forest
 from prefixtree.histogram import Histogram
+from prefixtree.index import Dropped, Inserted, Prefix, PrefixIndex
 from prefixtree.sequence import Sequence
 from prefixtree.stats import Stats
 from prefixtree.view import NodeView, TreeView
@@ -40,6 +43,7 @@ __all__ = [
     "CacheBroken",
     "CannotServe",
     "DecodeFailed",
+    "Dropped",
     "Evicted",
     "Eviction",
     "EvictionCount",
@@ -47,6 +51,7 @@ __all__ = [
     "Forest",
     "Forgotten",
     "Histogram",
+    "Inserted",
     "InvalidBatch",
     "InvalidLength",
     "InvalidNamespace",
@@ -56,12 +61,16 @@ __all__ = [
     "NodeView",
     "NotAligned",
     "NotCommitted",
+    "NotHeld",
     "NotPinned",
     "NotPreempted",
     "OutOfBlocks",
     "Pin",
     "PolicyFailed",
+    "Prefix",
     "PrefixCache",
+    "PrefixGone",
+    "PrefixIndex",
     "PrefixTreeError",
     "PriorityUnused",
     "RollbackPastFork",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from allocator import BlockPool, BrokenInvariant
+from allocator import BlockPool, BlockSet, BrokenInvariant
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.node_checks import NodeChecks, num_tokens
 from prefixtree.pins import Pins
@@ -30,7 +30,7 @@ class State(NamedTuple):
     """All that a cache consists of."""
 
     tree: RadixTree
-    pool: BlockPool
+    pool: BlockPool | BlockSet
     pins: Pins
     tails: dict[int, int]
     """Those of the open sequences, by their serial number."""

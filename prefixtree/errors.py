@@ -31,6 +31,14 @@ class NotPinned(PrefixTreeError, RuntimeError):
     """The pin was taken off before."""
 
 
+class PrefixGone(PrefixTreeError, LookupError):
+    """The prefix was evicted since it was matched; nobody held it."""
+
+
+class NotHeld(PrefixTreeError, RuntimeError):
+    """The call needs a prefix that is held, or held just once."""
+
+
 class NotPreempted(PrefixTreeError, RuntimeError):
     """A sequence that runs or is closed cannot be resumed."""
 

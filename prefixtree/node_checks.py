@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from allocator import BlockPool, BrokenInvariant
+from allocator import BlockPool, BlockSet, BrokenInvariant
 from prefixtree.columns import Column, Int64s
 from prefixtree.pins import Pins
 from prefixtree.tree import ROOT, RadixTree
@@ -26,7 +26,9 @@ class NodeChecks:
     They raise `BrokenInvariant`, and build on one another in the order in which they stand here.
     """
 
-    def __init__(self, tree: RadixTree, pool: BlockPool, pins: Pins, tails: dict[int, int]) -> None:
+    def __init__(
+        self, tree: RadixTree, pool: BlockPool | BlockSet, pins: Pins, tails: dict[int, int]
+    ) -> None:
         """`tails`: those of the open sequences by their serial number."""
         self._tree = tree
         self._pool = pool

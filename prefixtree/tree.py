@@ -345,6 +345,22 @@ class RadixTree:
         nodes.linked[node] = 1
         self.cached_tokens += nodes.length[node]
 
+    def attach(self, parent: int, tokens: Int32s, blocks: Int32s) -> int:
+        """A new leaf of whole blocks behind `parent`, unpinned; no child may begin like it."""
+        leaf = self.add(parent, writer=0)
+        self.nodes.length[leaf] = len(tokens)
+        self.tokens[leaf] = tokens.tobytes()
+        self.blocks.set(leaf, blocks)
+        self.link(leaf)
+        return leaf
+
+    def lengthen(self, leaf: int, tokens: Int32s, blocks: Int32s) -> None:
+        """Puts whole blocks behind the whole blocks of a leaf that is no tail. O(its tokens)."""
+        self.tokens[leaf] = self.edge(leaf) + tokens.tobytes()
+        self.nodes.length[leaf] += len(tokens)
+        self.blocks.set(leaf, np.concatenate([self.blocks.get(leaf), blocks]))
+        self.cached_tokens += len(tokens)
+
     def split(self, node: int, length: int) -> tuple[int, int]:
         """Puts the first `length` tokens into a new node above `node`.
 

@@ -1,0 +1,88 @@
+"""Blocks that somebody else hands out: which of them are held."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.errors import BlockTaken, BrokenInvariant, DoubleFree, InvalidArgument, at_least
+
+Int32s = NDArray[np.int32]
+
+
+class BlockSet:
+    """A set of the blocks 0 .. num_blocks-1: the counterpart of `BlockPool` for a tree whose engine
+    allocates by itself.
+
+    It hands out nothing. What it is for: a block that is given twice, or given back twice, is found
+    at the call that did it. Attributes: `num_blocks`; `block_size`, in tokens.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """InvalidArgument unless both are integers >= 1."""
+        self.num_blocks = at_least(1, "num_blocks", num_blocks)
+        self.block_size = at_least(1, "block_size", block_size)
+        self._refs = np.zeros(self.num_blocks, np.int32)
+        self._held = 0
+
+    def __len__(self) -> int:
+        """How many blocks are held. O(1)."""
+        return self._held
+
+    @property
+    def refs(self) -> Int32s:
+        """int32 [num_blocks]: 1 for a block that is held, else 0. A read-only view."""
+        view = self._refs.view()
+        view.flags.writeable = False
+        return view
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that are not held. O(1)."""
+        return self.num_blocks - self._held
+
+    @property
+    def num_free_extents(self) -> int:
+        """Runs of consecutive blocks that are not held. O(num_blocks) in numpy."""
+        free = self._refs == 0
+        return int(np.count_nonzero(free[1:] > free[:-1])) + int(free[0])
+
+    def add(self, blocks: Int32s) -> None:
+        """Holds `blocks`, int32 [n].
+
+        Raises InvalidArgument for one out of range, BlockTaken for those that are held already or
+        named twice; then nothing has changed. O(n) in numpy.
+        """
+        outside = (blocks < 0) | (blocks >= self.num_blocks)
+        if outside.any():
+            raise InvalidArgument(
+                f"block {blocks[outside][0]} is none of the engine's, expected"
+                f" 0..{self.num_blocks - 1}"
+            )
+        taken = self._refs[blocks] != 0
+        if not taken.any():
+            numbers = np.arange(1, len(blocks) + 1, dtype=np.int32)
+            self._refs[blocks] = numbers  # of a block that is named twice, the last one stays
+            taken = self._refs[blocks] != numbers
+            self._refs[blocks] = 0
+        if taken.any():
+            raise BlockTaken(blocks[taken])
+        self._refs[blocks] = 1
+        self._held += len(blocks)
+
+    def remove(self, blocks: Int32s) -> None:
+        """Lets go of `blocks`, int32 [n], which are distinct and in range.
+
+        Raises DoubleFree for those that are not held; then nothing has changed. O(n) in numpy.
+        """
+        free = self._refs[blocks] == 0
+        if free.any():
+            raise DoubleFree(blocks[free])
+        self._refs[blocks] = 0
+        self._held -= len(blocks)
+
+    def check(self) -> None:
+        """Raises BrokenInvariant unless just the held blocks are counted. O(num_blocks)."""
+        found = int(np.count_nonzero(self._refs))
+        if found != self._held:
+            raise BrokenInvariant(f"{self._held} blocks held as counted, {found} in the set")

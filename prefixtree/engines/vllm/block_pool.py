@@ -8,7 +8,7 @@ compares a sixteenth of a token a token, and no rule about what may be shared is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,10 @@ class FreeBlocks(FreeKVCacheBlockQueue):
         for block in blocks:
             self._pool.release(block)
 
+    def iter_blocks_after(self, cursor: KVCacheBlock | None) -> Iterator[KVCacheBlock]:
+        blocks = self.get_all_free_blocks()
+        return iter(blocks[blocks.index(cursor) + 1 if cursor in blocks else 0 :])
+
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
         """Those of the tree follow the others, deepest first; which goes first is the policy's."""
         cached = [
@@ -95,14 +99,12 @@ class TreeBlockPool(BlockPool):
     came second keeps its own copy to itself, and what it computes behind it goes below the first.
     """
 
-    def __init__(
-        self, num_gpu_blocks: int, hash_block_size: int, *, eviction: Any = "lru", **options: Any
-    ) -> None:
-        """As `BlockPool`, always with caching; `eviction` as for `PrefixIndex`."""
+    def __init__(self, num_gpu_blocks: int, *, eviction: Any = "lru", **options: Any) -> None:
+        """As `BlockPool`; `eviction` as for `PrefixIndex`."""
         self.index = PrefixIndex(num_gpu_blocks, WORDS, eviction=eviction)
         self._holds: dict[int, list[Prefix]] = {}  # last block of a path to holds on it
         self._hashes: dict[int, Sequence[bytes]] = {}  # cached block to a list its path begins
-        super().__init__(num_gpu_blocks, True, hash_block_size, **options)
+        super().__init__(num_gpu_blocks, **options)
         self.free_block_queue = FreeBlocks(self.blocks[1:], self)  # not the null block
 
     def longest_prefix(self, hashes: Sequence[bytes]) -> list[KVCacheBlock]:
@@ -179,8 +181,9 @@ class TreeBlockPool(BlockPool):
         return [self.blocks[block] for block in evicted]
 
     def release(self, block: KVCacheBlock) -> None:
-        """Nobody uses the block any more."""
+        """Nobody uses the block any more, perhaps blocks before it."""
         for prefix in self._holds.pop(block.block_id, ()):
+            self._hold_used(self.index.blocks(prefix))
             self.index.release(prefix)
 
     def _depth(self, block: KVCacheBlock) -> int:
@@ -193,6 +196,14 @@ class TreeBlockPool(BlockPool):
         self.index.hold(prefix)
         self._holds.setdefault(block.block_id, []).append(prefix)
         return self.index.blocks(prefix)
+
+    def _hold_used(self, path: Int32s) -> None:
+        """Keeps what of a path is used, at most once: requests come with holds of their own."""
+        for block in map(self.blocks.__getitem__, path[::-1].tolist()):
+            if block.ref_cnt:
+                if block.block_id not in self._holds:
+                    self._hold(block)
+                return
 
     def _take_hold(self, block: KVCacheBlock | None) -> Prefix | None:
         """A hold on the path to a block, which moves to a later block."""
@@ -209,13 +220,13 @@ class TreeBlockPool(BlockPool):
         path = self._hashes[block.block_id][:depth]
         for held in list(self._holds):
             if self._hashes[held][:depth] == path and self._depth(self.blocks[held]) >= depth:
-                self.release(self.blocks[held])
+                for prefix in self._holds.pop(held):
+                    self.index.release(prefix)
         dropped = self.index.forget(as_words(path[:-1]) if depth > 1 else None).blocks.tolist()
         for gone in map(self.blocks.__getitem__, dropped):
             del self._hashes[gone.block_id]
             self._maybe_evict_cached_block(gone)
             if not gone.ref_cnt:
                 self.free_block_queue.append(gone)
-        above = self.longest_prefix(path[:-1])
-        if above and above[-1].ref_cnt:
-            self._hold(above[-1])
+        above = self.index.match(as_words(path[:-1]))
+        self._hold_used(self.index.blocks(above))

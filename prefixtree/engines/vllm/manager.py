@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -56,14 +58,9 @@ def plant(manager: KVCacheManager, eviction: Any = "lru") -> bool:
         return False
     coordinator, old = manager.coordinator, manager.block_pool
     single = coordinator.single_type_managers[0]
-    pool = TreeBlockPool(
-        old.num_gpu_blocks,
-        old.hash_block_size,
-        eviction=eviction,
-        enable_kv_cache_events=old.enable_kv_cache_events,
-        metrics_collector=old.metrics_collector,
-        medium=old.medium,
-    )
+    # What a pool is made with differs from release to release; it keeps all of it by that name.
+    options = {name: getattr(old, name) for name in signature(BlockPool).parameters}
+    pool = TreeBlockPool(**options, eviction=eviction)
     on_tree = TreeManager(
         single.kv_cache_spec,
         block_pool=pool,

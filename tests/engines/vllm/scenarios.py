@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from prefixtree.index import PrefixIndex
+
 CALLS: Counter[str] = Counter()
 BLOCK = 32
 
@@ -63,7 +65,8 @@ class Engine:
             **options,
         )
         self.core = self.llm.llm_engine.engine_core.engine_core
-        self.preemptions = 0
+        self.preemptions = self.drafted = 0
+        self.layers = self.llm.llm_engine.model_config.hf_config.num_hidden_layers
         scheduler = self.core.scheduler
         inner = scheduler._preempt_request
 
@@ -140,6 +143,7 @@ def run(engine: Engine) -> dict[str, Any]:
         engine.cached(one[:97]),
         engine.cached(one[:96]),
     ]
+    results["free"] = engine.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     results["reset"] = bool(engine.llm.reset_prefix_cache())
     results["cached after reset"] = engine.cached(one)
     return results
@@ -164,17 +168,17 @@ def main(folder: str, *parts: str) -> None:
 
     def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         steps["all"] += scheduled.total_num_scheduled_tokens > 0
+        engine.drafted += len(scheduled.scheduled_spec_decode_tokens)
         return inner(scheduled, *args, **kwargs)
 
     model.execute_model = execute_model
     results = run(engine)
     pool = engine.core.scheduler.kv_cache_manager.block_pool
-    if "tree" in parts:
+    seen = {"pool": type(pool).__name__, "drafted": engine.drafted, "layers": engine.layers}
+    if isinstance(getattr(pool, "index", None), PrefixIndex):
         pool.index.check()
-        results["tree"] = str(type(pool).__name__)
-        results["evicted"] = pool.index.stats().evicted_tokens
-    results["free"] = pool.get_num_free_blocks()
-    print(json.dumps({"results": results, "calls": CALLS, "steps": steps["all"]}))
+        seen["evicted"] = pool.index.stats().evicted_tokens
+    print(json.dumps({"results": results, "calls": CALLS, "steps": steps["all"], **seen}))
 
 
 if __name__ == "__main__":

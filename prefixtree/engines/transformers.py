@@ -28,21 +28,10 @@ except ImportError as error:
         "pip install prefixtree[transformers]"
     ) from error
 
+from prefixtree.engines.keywords import check_keywords
 from prefixtree.engines.model_checks import check_configuration, probe
 
 Int64s: TypeAlias = NDArray[np.int64]
-
-# Keywords that models pass on to their attention function and that do not change its result.
-_WITHOUT_EFFECT = {
-    "cache_position",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "past_key_values",
-    "position_embeddings",
-    "position_ids",
-    "use_cache",
-}
 
 
 class PagedModel:
@@ -218,11 +207,9 @@ def _attention(
     attention_mask: torch.Tensor | None,
     *,
     prefixtree: Any = None,
-    dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that a bound model calls: query [1, Hq, T, head_dim]."""
@@ -232,17 +219,7 @@ def _attention(
             f"layer {layer} was not given the keyword `prefixtree`: a model in a PagedModel runs "
             "through PagedModel.forward, and its layers must pass unknown keywords on"
         )
-    if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise UnsupportedAttention(f"layer {layer} is not causal")
-    changing: dict[str, Any] = {"attention_mask": attention_mask, "dropout": dropout or None}
-    changing |= {name: value for name, value in others.items() if name not in _WITHOUT_EFFECT}
-    for name, argument in changing.items():
-        if argument is not None:
-            shown = "a tensor" if isinstance(argument, torch.Tensor) else repr(argument)
-            raise UnsupportedAttention(
-                f"layer {layer} gives {name} ({shown:.60}) to its attention, which is not "
-                "implemented and would change the result"
-            )
+    check_keywords(layer, module, {"attention_mask": attention_mask, **others})
     out = prefixtree.attend(layer, query, key, value, scaling, softcap, sliding_window)
     return out.unsqueeze(0), None
 

@@ -278,11 +278,7 @@ class PrefixIndex:
         `InvalidLength` unless 0 <= start <= prefix.length, and `InvalidArgument` for a priority
         outside 0..100 or a duration that is not finite and > 0. O(depth + log nodes) a node.
         """
-        if not uses_priority(self._policy):
-            raise PriorityUnused(
-                f"eviction policy {self._policy.name!r} does not look at priorities, expected"
-                " 'priority'"
-            )
+        self._check_priorities()
         first = as_integer("start", start)
         if not 0 <= first <= prefix.length:
             raise InvalidLength(f"start is {first} of a prefix of {prefix.length} tokens")
@@ -296,6 +292,24 @@ class PrefixIndex:
             if nodes.start[node] < first:
                 self._pins.split(node, first - nodes.start[node])
             self._pins.retain(node, retained)
+            node = nodes.parent[node]
+
+    @guarded
+    def promote(self, prefix: Prefix, *, priority: SupportsIndex) -> None:
+        """Gives a prefix's tokens that priority, but for those with a higher one.
+
+        For engines whose requests have priorities: what several use has the highest of theirs.
+        Raises as `retain`. O(depth + log nodes) a node.
+        """
+        self._check_priorities()
+        retained = self._retention.from_now(priority, None)
+        self._pins.end_retention()
+        if not prefix.length:
+            return
+        nodes, node = self._tree.nodes, self._land(prefix)
+        while self._tree.end(node):
+            if self._retention.priority(node) < retained.priority:
+                self._pins.retain(node, retained)
             node = nodes.parent[node]
 
     @guarded
@@ -402,6 +416,13 @@ class PrefixIndex:
 
     def _repr_html_(self) -> str:
         return self.tree()._repr_html_()
+
+    def _check_priorities(self) -> None:
+        if not uses_priority(self._policy):
+            raise PriorityUnused(
+                f"eviction policy {self._policy.name!r} does not look at priorities, expected"
+                " 'priority'"
+            )
 
     def _state(self) -> State:
         kept = [node for node, holds in self._held.items() for _ in range(holds)]

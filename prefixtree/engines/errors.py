@@ -54,3 +54,7 @@ class UnknownRequest(EngineError, LookupError):
 
 class EngineBusy(EngineError, RuntimeError):
     """A call that needs an engine without requests."""
+
+
+class UnsupportedCache(EngineError, ValueError):
+    """A serving engine wants more of its prefix cache than there is here."""

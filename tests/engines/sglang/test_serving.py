@@ -1,0 +1,112 @@
+"""SGLang with our cache, our attention and both gives the tokens that it gives without.
+
+Needs SGLang (docs/testing.md says how it was installed); an engine for each configuration, about a
+minute each on two cores: `python -m pytest tests/engines/sglang`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tests.engines.sglang import scenarios, watch
+
+pytestmark = pytest.mark.skipif(find_spec("sglang") is None, reason="needs SGLang")
+
+STOCK = {"attention_backend": "torch_native"}
+CACHE = {**STOCK, "radix_cache_backend": "prefixtree"}
+ATTENTION = {"attention_backend": "prefixtree"}
+BOTH = {**ATTENTION, "radix_cache_backend": "prefixtree"}
+
+RUNS = [
+    pytest.param("qwen3", {**BOTH, "page_size": 1}, id="qwen3-both"),
+    pytest.param("qwen3", {**BOTH, "page_size": 16}, id="qwen3-both-paged"),
+    pytest.param("qwen3", {**CACHE, "page_size": 4}, id="qwen3-cache"),
+    pytest.param("qwen3", {**ATTENTION, "enable_mixed_chunk": True}, id="qwen3-attention-mixed"),
+    pytest.param(
+        "llama",
+        {**BOTH, "disable_overlap_schedule": True, "radix_eviction_policy": "priority"},
+        id="llama-both",
+    ),
+    pytest.param("llama", {**BOTH, "page_size": 16, "schedule_policy": "dfs-weight"}, id="llama"),
+    pytest.param("gemma3", ATTENTION, id="gemma3-attention"),
+]
+
+
+@cache
+def run(kind: str, options: str) -> dict[str, Any]:
+    """The results of all scenarios, see `scenarios`."""
+    with TemporaryDirectory() as folder:
+        spec = {"kind": kind, "options": json.loads(options), "folder": folder}
+        done = subprocess.run(
+            [sys.executable, "-m", scenarios.__name__, json.dumps(spec)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        results = Path(folder, "results.json")
+        assert results.exists(), f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+        return json.loads(results.read_text())
+
+
+def answers(results: Any) -> Iterator[dict[str, Any]]:
+    """The answers in a scenario's results, in order."""
+    if isinstance(results, list):
+        for result in results:
+            yield from answers(result)
+    elif "tokens" in results:
+        yield results
+    else:
+        yield from answers(results["before"])
+        yield from answers(results["after"])
+
+
+@pytest.mark.parametrize(("kind", "options"), RUNS)
+def test_same_tokens_and_our_code_made_them(kind: str, options: dict[str, Any]) -> None:
+    stock, ours = run(kind, json.dumps(STOCK)), run(kind, json.dumps(options))
+    page_size = options.get("page_size", 1)
+    for name in ("shared", "several", "long", "crowded", "namespaces", "flushed"):
+        for expected, got in zip(answers(stock[name]), answers(ours[name]), strict=True):
+            assert got["tokens"] == expected["tokens"], name
+    # Who was aborted may have ended anywhere.
+    for expected, got in zip(stock["coming_and_going"], ours["coming_and_going"], strict=True):
+        length = min(len(expected["tokens"]), len(got["tokens"]))
+        assert got["tokens"][:length] == expected["tokens"][:length]
+        assert got["finish"] in ("abort", "length")
+    assert any(got["finish"] == "abort" for got in ours["coming_and_going"])
+    assert any(got["finish"] == "length" for got in ours["coming_and_going"])
+
+    assert any(got["retractions"] for got in ours["crowded"])
+    for name in ("shared", "several", "long", "namespaces"):
+        for expected, got in zip(answers(stock[name]), answers(ours[name]), strict=True):
+            assert got["cached"] == expected["cached"] // page_size * page_size, name
+    assert [got["cached"] for got in ours["namespaces"]] == [0, 0, 0, 64, 64, 64]
+    assert ours["flushed"]["success"]
+    assert ours["flushed"]["after"][0]["cached"] == 0
+
+    assert not any(stock["calls"].values())
+    calls = ours["calls"]
+    cache_calls = watch.NAMES[: watch.NAMES.index("init_forward_metadata")]
+    attention_calls = watch.NAMES[watch.NAMES.index("init_forward_metadata") :]
+    for names, used in (
+        (cache_calls, "radix_cache_backend" in options),
+        (attention_calls, options["attention_backend"] == "prefixtree"),
+    ):
+        for name in names:
+            assert (calls[name] > 0) == used, name
+    if options["attention_backend"] == "prefixtree":
+        layers = 3 if kind == "gemma3" else 2
+        assert calls["run"] == calls["forward_extend"] == calls["init_forward_metadata"] * layers
+        assert calls["advance"] > calls["plan"]
+    if "radix_cache_backend" in options:
+        assert calls["inc_lock_ref"] == calls["dec_lock_ref"]
+        assert calls["evicted_tokens"] > scenarios.POOL

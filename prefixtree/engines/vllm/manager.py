@@ -1,0 +1,89 @@
+"""The tree behind vLLM's KV cache manager."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from prefixtree.engines.vllm.block_pool import TreeBlockPool
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class TreeManager(FullAttentionManager):
+    """The manager of full attention, whose hits are a walk of the tree."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Sequence[bytes],
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: TreeBlockPool,
+        kv_cache_spec: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        blocks = block_pool.longest_prefix(block_hashes[: max_length // alignment_tokens])
+        if drop_eagle_block and blocks:
+            blocks.pop()  # its tokens are computed again, for the hidden states of the draft head
+        return (blocks,), len(blocks) * alignment_tokens
+
+
+def plant(manager: KVCacheManager, eviction: Any = "lru") -> bool:
+    """Puts the tree behind a manager that has given out no block yet.
+
+    Served are models with one group of full-attention layers, multi-head latent attention among
+    them. Others (groups of sliding windows, state-space layers, encoders) stay with vLLM's own
+    pool, and a warning says why: they free blocks from the front of a sequence, which a tree that
+    gives up leaves first has no use for.
+
+    Args:
+        eviction: as for `PrefixIndex`.
+
+    Returns whether the tree was put there.
+    """
+    reason = _lacking(manager)
+    if reason:
+        logger.warning("prefixtree leaves the KV cache to vLLM's own block pool: %s", reason)
+        return False
+    coordinator, old = manager.coordinator, manager.block_pool
+    single = coordinator.single_type_managers[0]
+    # What a pool is made with differs from release to release; it keeps all of it by that name.
+    options = {name: getattr(old, name) for name in signature(BlockPool).parameters}
+    pool = TreeBlockPool(**options, eviction=eviction)
+    on_tree = TreeManager(
+        single.kv_cache_spec,
+        block_pool=pool,
+        enable_caching=True,
+        kv_cache_group_id=single.kv_cache_group_id,
+        scheduler_block_size=single.scheduler_block_size,
+        dcp_world_size=single.dcp_world_size,
+        pcp_world_size=single.pcp_world_size,
+        needs_kv_cache_zeroing=single.records_new_block_ids,
+    )
+    on_tree.use_eagle = single.use_eagle
+    coordinator.single_type_managers = (on_tree,)
+    coordinator.block_pool = manager.block_pool = pool
+    logger.info("prefixtree holds the prefix cache: %d blocks, %s", pool.num_gpu_blocks, eviction)
+    return True
+
+
+def _lacking(manager: KVCacheManager) -> str:
+    if not manager.enable_caching:
+        return "prefix caching is off"
+    managers = manager.coordinator.single_type_managers
+    kinds = [type(single) for single in managers]
+    if kinds != [FullAttentionManager]:
+        names = ", ".join(kind.__name__ for kind in kinds) or "none"
+        return f"it serves one group of full-attention layers, this model's groups have {names}"
+    return ""

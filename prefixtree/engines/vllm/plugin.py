@@ -1,0 +1,46 @@
+"""What vLLM calls when it starts: the attention backend gets its name."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from prefixtree.engines.vllm import TESTED
+
+BACKEND = "prefixtree.engines.vllm.attention.TreeAttentionBackend"
+
+
+def register() -> None:
+    """Makes the tree's attention known as CUSTOM; vLLM may call it in every process, and twice.
+
+    vLLM's CPU platform takes no backend but its own, CPU_ATTN, whatever is asked for. There,
+    PREFIXTREE_ATTENTION=1 in the environment puts the tree's in its place.
+    """
+    check_version()
+    taken = AttentionBackendEnum.CUSTOM.is_overridden()
+    if not taken or AttentionBackendEnum.CUSTOM.get_path() == BACKEND:
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    else:
+        other = AttentionBackendEnum.CUSTOM.get_path()
+        warnings.warn(f"the attention backend CUSTOM is {other}, not prefixtree's", stacklevel=2)
+    if os.environ.get("PREFIXTREE_ATTENTION") == "1":
+        register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+
+
+def check_version() -> None:
+    """Warns of a vLLM that the adapter was not tested with."""
+    installed = _version()
+    if ".".join(installed.split(".")[:2]) not in TESTED:
+        tested = " and ".join(TESTED)
+        warnings.warn(
+            f"prefixtree's adapter for vLLM is tested with {tested}, this is {installed}",
+            stacklevel=2,
+        )
+
+
+def _version() -> str:
+    import vllm
+
+    return vllm.__version__

@@ -1,0 +1,111 @@
+"""Whole engines: with any of our parts they say what a stock vLLM says, and our parts were used.
+
+Each engine runs in a process of its own, about 20 seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).parents[3]
+ENTRY_POINT = "[vllm.general_plugins]\nprefixtree = prefixtree.engines.vllm.plugin:register\n"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the scenarios give with a model and parts of ours; each engine runs once."""
+    folder = tmp_path_factory.mktemp("models")
+    # As `pip install` does it, whether this checkout is installed or not.
+    installed = folder / "site" / "prefixtree-0.1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: prefixtree\nVersion: 0.1.0\n")
+    (installed / "entry_points.txt").write_text(ENTRY_POINT)
+
+    @cache
+    def serve(kind: str, *parts: str) -> dict[str, Any]:
+        if not (folder / kind).exists():
+            save_tiny_model(kind, folder / kind)
+        paths = [str(ROOT), str(installed.parent), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PREFIXTREE_ATTENTION": str(int("attention" in parts)),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        module = "tests.engines.vllm.scenarios"
+        done = subprocess.run(
+            [sys.executable, "-m", module, str(folder / kind), *parts],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        out: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return out
+
+    return serve
+
+
+PARTS = [("tree",), ("attention",), ("tree", "attention")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"), [*(("qwen3", parts) for parts in PARTS), ("llama", PARTS[-1])]
+)
+def test_tokens_are_those_of_a_stock_engine(served: Any, kind: str, parts: tuple[str, ...]) -> None:
+    stock, ours = served(kind), served(kind, *parts)
+    assert stock["results"]["preempted"]
+    for name, expected in stock["results"].items():
+        assert ours["results"][name] == expected, name
+    used(ours, parts)
+
+
+def test_tokens_of_a_model_with_sliding_windows_on_vllms_own_pool(served: Any) -> None:
+    stock, ours = served("gemma3"), served("gemma3", "tree", "attention")
+    for name, expected in stock["results"].items():
+        assert ours["results"][name] == expected, name
+    used(ours, ("attention",), groups=3)
+    assert ours["pool"] == "BlockPool"
+
+
+def test_tokens_with_drafts(served: Any) -> None:
+    stock = served("qwen3", "speculative")
+    ours = served("qwen3", "tree", "attention", "speculative")
+    for name in ("shared", "again", "equal", "chunked", "full", "cached", "reset"):
+        assert ours["results"][name] == stock["results"][name], name
+    assert ours["results"]["shared"] == served("qwen3")["results"]["shared"]
+    assert ours["drafted"] > 0
+    used(ours, ("tree", "attention"))
+
+
+def test_a_cache_hits_in_its_own_namespace_only(served: Any) -> None:
+    """Of a prompt of 100 tokens and of its first 97 and 96, in blocks of 32."""
+    for parts in [(), *PARTS]:
+        assert served("qwen3", *parts)["results"]["cached"] == [0, 96, 0, 0, 96, 96, 64]
+
+
+def used(ours: dict[str, Any], parts: tuple[str, ...], groups: int = 1) -> None:
+    calls, steps = ours["calls"], ours["steps"]
+    if "tree" in parts:
+        assert ours["pool"] == "TreeBlockPool"
+        assert ours["evicted"] > 0
+        for name in ("longest_prefix", "cache_full_blocks", "touch", "evict", "release"):
+            assert calls[name] > 20, name
+    if "attention" in parts:
+        # Planned once a step for each group of layers with one block table.
+        assert calls["plan"] == groups * steps
+        assert calls["run"] == calls["write"] == ours["layers"] * steps

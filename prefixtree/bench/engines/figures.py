@@ -14,6 +14,7 @@ from prefixtree.bench.engines.watch import Step
 
 UNITS = {
     "prefix-hit tokens": "",
+    "prompt tokens computed": "",
     "TTFT, median": "ms",
     "TTFT, 90th percentile": "ms",
     "scheduler, mean a step": "us",
@@ -37,6 +38,7 @@ def figures_of(run: Run) -> dict[str, float]:
     decoding = columns["attention"][columns["decoding"] == 1] / 1e6
     values = (
         sum(answer.cached for answer in run.answers),
+        sum(answer.prompt - answer.cached for answer in run.answers),
         median(first),
         np.percentile(first, 90),
         scheduler.mean(),

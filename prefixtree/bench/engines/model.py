@@ -39,7 +39,8 @@ def make_model(size: ModelSize, longest: int) -> Any:
         initializer_range=0.2,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.eval()
 
 
 def save_model(size: ModelSize, longest: int, folder: Path) -> Path:

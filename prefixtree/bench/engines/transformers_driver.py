@@ -42,8 +42,10 @@ class Transformers:
             names.append(NAME)
         self._cached: dict[str, int] = {}
         self._watch(Watch(setup.steps, setup.clock), names)
+        config: Any = GenerationConfig
+        greedy = config(do_sample=False, eos_token_id=-1)
         self._manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            generation_config=greedy,
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=setup.page,
                 num_blocks=setup.pool_tokens // setup.page,
@@ -84,8 +86,9 @@ class Transformers:
         watch.time("scheduler", ContinuousBatchProcessor, "update_batch")
         # Attention by a mask is not without the mask.
         watch.time("attention", input_outputs, "build_attention_mask")
+        interface: Any = AttentionInterface
         for name in attentions:
-            AttentionInterface.register(name, watch.timed("attention", AttentionInterface()[name]))
+            interface.register(name, watch.timed("attention", interface()[name]))
         _then(
             ContinuousBatchProcessor, "_generation_step", lambda _, batch, *__: _row(watch, batch)
         )

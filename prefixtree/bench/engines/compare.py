@@ -40,8 +40,8 @@ class Options:
 
     Attributes:
         parts: which of ours, "cache" and "attention".
-        pool_tokens: room in the KV cache; None: for half of what is distinct, but enough for what
-            runs at a time.
+        pool_tokens: room in the KV cache; None: for half of what is distinct, so that eviction matters,
+            but enough for what runs at a time.
     """
 
     engine: str
@@ -118,11 +118,12 @@ def compare(
 def _setup(options: Options, workload: Workload) -> dict[str, Any]:
     """What stock and ours have in common."""
     page, longest = ENGINES[options.engine].page, workload.longest
-    # A block of each is not full.
-    room = -(-longest // page + 1) * page
+    room = (-(-longest // page) + 1) * page  # a block more, since forks copy one
     pool = options.pool_tokens
     if pool is None:
-        pool = max(workload.distinct // 2, workload.concurrency * room)
+        # What runs at a time has room, whether it shares much or nothing.
+        all_shared = workload.distinct * 5 // 4 + workload.concurrency * 3 * page
+        pool = max(workload.distinct // 2, min(workload.concurrency * room, all_shared))
     elif pool < room:
         raise UnusableInput(f"a pool of {pool} tokens: the longest sequence needs {room}")
     return {

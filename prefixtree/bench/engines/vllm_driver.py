@@ -83,21 +83,15 @@ class VLLM:
 def _watch_attention(watch: Watch, parts: frozenset[str]) -> None:
     """The backend of this run: building its metadata, writing KV, and attending."""
     if "attention" in parts:
-        from prefixtree.engines.vllm.attention import (
-            TreeAttentionImpl as Attention,
-        )
-        from prefixtree.engines.vllm.attention import (
-            TreeAttentionMetadataBuilder as Builder,
-        )
+        from prefixtree.engines.vllm import attention
+
+        watch.time("attention", attention.TreeAttentionMetadataBuilder, "build")
+        watch.time("attention", attention.TreeAttentionImpl, "do_kv_cache_update", "forward")
     else:
-        from vllm.v1.attention.backends.cpu_attn import (
-            CPUAttentionBackendImpl as Attention,
-        )
-        from vllm.v1.attention.backends.cpu_attn import (
-            CPUAttentionMetadataBuilder as Builder,
-        )
-    watch.time("attention", Builder, "build")
-    watch.time("attention", Attention, "do_kv_cache_update", "forward")
+        from vllm.v1.attention.backends import cpu_attn
+
+        watch.time("attention", cpu_attn.CPUAttentionMetadataBuilder, "build")
+        watch.time("attention", cpu_attn.CPUAttentionBackendImpl, "do_kv_cache_update", "forward")
 
 
 def _watch_steps(watch: Watch, executor: Any) -> None:

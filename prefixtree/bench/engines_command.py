@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--concurrency",
         type=count,
-        default=4,
+        default=2,
         metavar="N",
         help=f"requests at a time; sessions take turns {default}",
     )

@@ -40,8 +40,8 @@ class Options:
 
     Attributes:
         parts: which of ours, "cache" and "attention".
-        pool_tokens: room in the KV cache; None: for half of what is distinct, so that eviction matters,
-            but enough for what runs at a time.
+        pool_tokens: room in the KV cache; None: for half of what is distinct, so that eviction
+            matters, but enough for what runs at a time.
     """
 
     engine: str

@@ -126,7 +126,9 @@ def run(args: argparse.Namespace) -> int:
                 vocabulary=args.vocabulary,
             )
         else:
-            name = f"sessions of {', '.join(file.name for file in args.trace)}, 1/{args.scale}"
+            first, *others = (file.name for file in args.trace)
+            more = f" and {len(others)} more" if others else ""
+            name = f"sessions of {first}{more}, 1 token in {args.scale}"
             work = workload.sessions(
                 load_traces(args.trace),
                 scale=args.scale,

@@ -97,7 +97,7 @@ def test_sessions_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     answers = {one["request"]: one for one in result["ours"][0]["answers"]}
     assert set(answers) == {"0.0.0", "0.1.0", "0.0.1"}
     assert answers["0.0.1"]["cached"] == 32
-    assert "sessions of trace.jsonl, 1/1" in capsys.readouterr().out
+    assert "sessions of trace.jsonl, 1 token in 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

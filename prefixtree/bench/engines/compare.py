@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from prefixtree.bench.engines.job import Job, Run
 from prefixtree.bench.engines.model import ModelSize
 from prefixtree.bench.engines.serving import Setup
 from prefixtree.bench.engines.workload import Workload
+from prefixtree.bench.measure import in_turn
 from prefixtree.bench.report import machine
 from prefixtree.bench.usable import UnusableInput, require_writable, write_figures
 
@@ -68,37 +70,19 @@ def compare(
     """
     require_writable(json_file, plot_file)
     version = require(options.engine, options.parts)
-    setup_with = partial(Setup, **_setup(options, workload))
-    stock: list[Run] = []
-    ours: list[Run] = []
-    turns = workload.turns
-    with tqdm(total=len(turns) * 2 * options.rounds, unit=" requests", leave=False) as bar:
-        for number in range(options.rounds):
-            both = [("stock", frozenset[str](), stock), ("ours", options.parts, ours)]
-            for label, parts, runs in both if number % 2 == 0 else both[::-1]:
-                bar.set_description(f"round {number + 1}, {label}")
-                runs.append(_run(options, partial(setup_with, parts=parts), workload, bar))
-    setup = _setup(options, workload)
+    setup, turns = _setup(options, workload), len(workload.turns)
+    stock, ours = _all_runs(options, setup, workload)
     facts = {
-        **machine(),
-        **options.model._asdict(),
-        **{key: setup[key] for key in ("pool_tokens", "page", "longest", "concurrency", "clock")},
-        "torch": _torch_version(),
         "engine": options.engine,
         "engine_version": version,
-        "parts": sorted(options.parts, reverse=True),
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "step_tokens": options.step_tokens,
+        "torch": _torch_version(),
         "workload": name,
-        "requests": len(turns),
-        "prompt_tokens": sum(turn.prompt for turn in turns),
-        "distinct": workload.distinct,
+        **_facts(options, setup, workload),
     }
     result = compared([figures_of(run) for run in stock], [figures_of(run) for run in ours])
     wrong = [differing(a, b) for a, b in zip(stock, ours, strict=True)]
     print(report.heading(facts), report.table(result), sep="\n")
-    print(report.agreement(wrong, len(turns)))
+    print(report.agreement(wrong, turns))
     write_figures(
         json_file,
         {
@@ -110,15 +94,47 @@ def compare(
         },
     )
     if plot_file is not None:
-        title = f"{options.engine} {version}, {name}"
-        report.plot(result, title, plot_file)
+        report.plot(result, f"{options.engine} {version}\n{name}", plot_file)
     return not any(wrong)
+
+
+def _all_runs(
+    options: Options, setup: dict[str, Any], workload: Workload
+) -> tuple[list[Run], list[Run]]:
+    """Of stock and of ours; who is first changes from round to round."""
+    runs: dict[str, list[Run]] = {"stock": [], "ours": []}
+    setup_with = partial(Setup, **setup)
+    kinds = [("stock", frozenset[str]()), ("ours", options.parts)]
+    total = len(workload.turns) * 2 * options.rounds
+    with tqdm(total=total, unit=" requests", leave=False) as bar:
+        for number in range(options.rounds):
+            for label, parts in in_turn(kinds, number):
+                bar.set_description(f"round {number + 1}, {label}")
+                setup_of_this = partial(setup_with, parts=parts)
+                runs[label].append(_run(options, setup_of_this, workload, bar))
+    return runs["stock"], runs["ours"]
+
+
+def _facts(options: Options, setup: dict[str, Any], workload: Workload) -> dict[str, Any]:
+    """What the figures depend on, beside the engine."""
+    of_setup = ("pool_tokens", "page", "longest", "concurrency", "step_tokens", "clock")
+    return {
+        **machine(),
+        **options.model._asdict(),
+        **{key: setup[key] for key in of_setup},
+        "parts": sorted(options.parts, reverse=True),
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "requests": len(workload.turns),
+        "prompt_tokens": sum(turn.prompt for turn in workload.turns),
+        "distinct": workload.distinct,
+    }
 
 
 def _setup(options: Options, workload: Workload) -> dict[str, Any]:
     """What stock and ours have in common."""
     page, longest = ENGINES[options.engine].page, workload.longest
-    room = (-(-longest // page) + 1) * page  # a block more, since forks copy one
+    room = (-(-longest // page) + 1) * page  # a block more: engines look a token ahead
     pool = options.pool_tokens
     if pool is None:
         # What runs at a time has room, whether it shares much or nothing.
@@ -137,7 +153,9 @@ def _setup(options: Options, workload: Workload) -> dict[str, Any]:
     }
 
 
-def _run(options: Options, setup_with: Any, workload: Workload, bar: tqdm[Any]) -> Run:
+def _run(
+    options: Options, setup_with: Callable[..., Setup], workload: Workload, bar: tqdm[Any]
+) -> Run:
     """One run in a process of its own, gone with all that it has started when this returns."""
     with TemporaryDirectory(prefix="prefixtree-bench-") as name:
         folder = Path(name)

@@ -6,10 +6,13 @@ a `Run` goes to `run`, pickled too, and a byte for each request that is answered
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import sys
 from pathlib import Path
-from time import perf_counter
+from threading import Thread
+from time import perf_counter, sleep
 
 from prefixtree.bench.engines import watch
 from prefixtree.bench.engines.drivers import load
@@ -22,6 +25,7 @@ WARM_UP = 40
 
 
 def main(folder: Path) -> None:
+    Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     job: Job = pickle.loads((folder / "job").read_bytes())
     setup = job.setup
     watch.create(setup.steps)
@@ -37,6 +41,13 @@ def main(folder: Path) -> None:
     run = Run(answers, watch.read(setup.steps)[before:], perf_counter() - begin)
     (folder / "run").write_bytes(pickle.dumps(run))
     engine.close()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process and all that it has started when the one that wanted it is gone."""
+    while os.getppid() == parent:
+        sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _warm_up(engine: Serving) -> None:

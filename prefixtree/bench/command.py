@@ -11,6 +11,7 @@ BENCHMARKS = {
     "attention": "prefixtree.bench.attention_command",
     "decode": "prefixtree.bench.decode_command",
     "gpu": "prefixtree.bench.gpu_command",
+    "engines": "prefixtree.bench.engines_command",
 }
 
 

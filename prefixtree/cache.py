@@ -143,6 +143,7 @@ class PrefixCache:
         self._tails = Tails(self._tree, self._pool, self._pins)
         self._counters = Counters()
         self._match_lengths = Observations(TOKENS)
+        self._attended = 0, 0  # tokens of the last forest, and those of its sequences
         self._open: dict[int, int] = {}  # serial number to tail
         self._kept: list[int] = []  # nodes pinned for good, once for each pin
         self._kept_tokens = 0  # of their paths
@@ -374,7 +375,9 @@ class PrefixCache:
                 f"sequence {at} of the batch: kv_len {kv[at]} and query_len {queries[at]} do not"
                 f" fit {committed[at]} committed of {lengths[at]} tokens"
             )
-        return build_forest(self._tree, batch.tails, kv, queries)
+        forest = build_forest(self._tree, batch.tails, kv, queries)
+        self._attended = int(forest.length.sum()), int(kv.sum())
+        return forest
 
     @guarded
     def evict(self, num_blocks: int) -> Evicted:
@@ -435,6 +438,8 @@ class PrefixCache:
             logical_tokens=tails.logical_tokens,
             kept_prefixes=len(self._kept),
             kept_tokens=self._kept_tokens,
+            attended_tokens=self._attended[0],
+            attended_logical_tokens=self._attended[1],
             joins=tails.joins,
             joined_tokens=tails.joined_tokens,
             evicted_tokens=pins.evicted_tokens,

@@ -374,6 +374,8 @@ class PrefixIndex:
             logical_tokens=self._held_tokens,
             kept_prefixes=0,
             kept_tokens=0,
+            attended_tokens=0,
+            attended_logical_tokens=0,
             joins=0,
             joined_tokens=0,
             evicted_tokens=pins.evicted_tokens,

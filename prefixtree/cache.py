@@ -41,7 +41,7 @@ from prefixtree.explain import Explanation, explain
 from prefixtree.forest import Forest, build_forest
 from prefixtree.guard import guarded
 from prefixtree.histogram import TOKENS, Observations
-from prefixtree.journal import Changes, Journal
+from prefixtree.journaled import Journaled
 from prefixtree.pins import Pins
 from prefixtree.retention import Retention
 from prefixtree.sequence import Sequence
@@ -92,7 +92,7 @@ class Pin:
         self._cache._unpin(self)
 
 
-class PrefixCache:
+class PrefixCache(Journaled):
     """Shared prefixes of token sequences, mapped to blocks of KV.
 
     The cache hands out slots and keeps track; the KV itself is written and read by the engine that
@@ -626,22 +626,6 @@ class PrefixCache:
             if self._is_open(sequence):
                 state = "resumed since the batch was made"
             raise SequenceClosed(f"sequence {at} of the batch is {state}")
-
-    # What `events` calls.
-
-    @guarded
-    def _begin_journal(self) -> None:
-        if self._tree.journal is not None:
-            raise InvalidArgument("the cache has KV events already, expected one without")
-        self._tree.journal = Journal(self._tree)
-
-    @guarded
-    def _changes(self) -> Changes | None:
-        return None if self._tree.journal is None else self._tree.journal.take()
-
-    def _end_journal(self) -> None:
-        with self._lock:  # also of a broken cache
-            self._tree.journal = None
 
     # What the handles of `sequence` call.
 

@@ -15,7 +15,7 @@ from prefixtree.tree import DEFAULT, Namespace
 
 
 class Cache(Protocol):
-    """What a cache offers here."""
+    """What a `PrefixCache` and a `PrefixIndex` offer here."""
 
     @property
     def block_size(self) -> int: ...
@@ -29,7 +29,7 @@ def no_adapter(namespace: Namespace) -> None:
 
 
 class KVEvents:
-    """The events of one cache, for consumers in this process and for `ZmqPublisher`.
+    """The events of one cache or index, for consumers in this process and for `ZmqPublisher`.
 
     Whole blocks of `block_size` tokens are told of: those whose tokens can all be matched, at any
     alignment of the cache. A block is stored in the events exactly while it is in the cache, seen

@@ -41,7 +41,7 @@ from prefixtree.explain import Explanation, explain
 from prefixtree.forest import Forest, build_forest
 from prefixtree.guard import guarded
 from prefixtree.histogram import TOKENS, Observations
-from prefixtree.journal import Changes, Journal
+from prefixtree.journaled import Journaled
 from prefixtree.pins import Pins
 from prefixtree.retention import Retention
 from prefixtree.sequence import Sequence
@@ -92,7 +92,7 @@ class Pin:
         self._cache._unpin(self)
 
 
-class PrefixCache:
+class PrefixCache(Journaled):
     """Shared prefixes of token sequences, mapped to blocks of KV.
 
     The cache hands out slots and keeps track; the KV itself is written and read by the engine that
@@ -143,6 +143,7 @@ class PrefixCache:
         self._tails = Tails(self._tree, self._pool, self._pins)
         self._counters = Counters()
         self._match_lengths = Observations(TOKENS)
+        self._attended = 0, 0  # tokens of the last forest, and those of its sequences
         self._open: dict[int, int] = {}  # serial number to tail
         self._kept: list[int] = []  # nodes pinned for good, once for each pin
         self._kept_tokens = 0  # of their paths
@@ -374,7 +375,9 @@ class PrefixCache:
                 f"sequence {at} of the batch: kv_len {kv[at]} and query_len {queries[at]} do not"
                 f" fit {committed[at]} committed of {lengths[at]} tokens"
             )
-        return build_forest(self._tree, batch.tails, kv, queries)
+        forest = build_forest(self._tree, batch.tails, kv, queries)
+        self._attended = int(forest.length.sum()), int(kv.sum())
+        return forest
 
     @guarded
     def evict(self, num_blocks: int) -> Evicted:
@@ -435,6 +438,8 @@ class PrefixCache:
             logical_tokens=tails.logical_tokens,
             kept_prefixes=len(self._kept),
             kept_tokens=self._kept_tokens,
+            attended_tokens=self._attended[0],
+            attended_logical_tokens=self._attended[1],
             joins=tails.joins,
             joined_tokens=tails.joined_tokens,
             evicted_tokens=pins.evicted_tokens,
@@ -621,22 +626,6 @@ class PrefixCache:
             if self._is_open(sequence):
                 state = "resumed since the batch was made"
             raise SequenceClosed(f"sequence {at} of the batch is {state}")
-
-    # What `events` calls.
-
-    @guarded
-    def _begin_journal(self) -> None:
-        if self._tree.journal is not None:
-            raise InvalidArgument("the cache has KV events already, expected one without")
-        self._tree.journal = Journal(self._tree)
-
-    @guarded
-    def _changes(self) -> Changes | None:
-        return None if self._tree.journal is None else self._tree.journal.take()
-
-    def _end_journal(self) -> None:
-        with self._lock:  # also of a broken cache
-            self._tree.journal = None
 
     # What the handles of `sequence` call.
 

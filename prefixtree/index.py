@@ -25,6 +25,7 @@ from prefixtree.evictions import Eviction
 from prefixtree.explain import Explanation, explain
 from prefixtree.guard import guarded
 from prefixtree.histogram import TOKENS, Observations
+from prefixtree.journaled import Journaled
 from prefixtree.pins import Pins
 from prefixtree.retention import Retention
 from prefixtree.stats import Counters, Stats
@@ -78,7 +79,7 @@ class Dropped(NamedTuple):
     """That should have gone but are held."""
 
 
-class PrefixIndex:
+class PrefixIndex(Journaled):
     """Shared prefixes, mapped to whole blocks that the engine owns and names.
 
     Matches, splits and inserts are whole blocks of `block_size` tokens, which may be 1. A block is
@@ -388,6 +389,8 @@ class PrefixIndex:
             logical_tokens=self._held_tokens,
             kept_prefixes=0,
             kept_tokens=0,
+            attended_tokens=0,
+            attended_logical_tokens=0,
             joins=0,
             joined_tokens=0,
             evicted_tokens=pins.evicted_tokens,

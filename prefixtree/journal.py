@@ -14,7 +14,6 @@ what lies behind something untold is untold itself, so the node that remains was
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +31,8 @@ class Changes(NamedTuple):
     """Whole blocks that went, and then those that came in R runs, each a piece of a path."""
 
     removed: Int32s
-    """What lies behind another block on its path comes before it."""
+    """Those of them that were told and are not removed yet went: of several entries of a block the
+    first one counts. What lies behind another block on its path comes before it."""
     parents: Int32s
     """[R] the block in front of a run, told before it; -1 where a path begins."""
     counts: Int64s
@@ -73,6 +73,7 @@ class Journal:
         """What is in the tree already counts as having come just now. O(nodes)."""
         self._tree = tree
         self._told: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)  # by block
+        self._first: Int32s = np.empty(0, np.int32)  # scratch, by block
         self._grown: list[int] = []
         self._batches = [np.flatnonzero(np.asarray(tree.nodes.length))]
         self._cut: list[Int32s] = []
@@ -109,9 +110,13 @@ class Journal:
         A few vector operations, and Python work for each run of new blocks that does not lie in the
         tail of an open sequence.
         """
+        # Which of these were told is left to those who are told of it, and not looked up here.
+        removed = np.concatenate([self._gone, *self._cut])
+        self._reach(removed)
+        self._told[removed] = False
+        self._cut, self._gone = [], removed[:0]
         self._condense()
-        removed, nodes = self._gone, self._batches.pop()
-        self._gone = removed[:0]
+        nodes = self._batches.pop()
         self._room = NOTES
         runs = self._untold(nodes)
         tails = np.asarray(self._tree.nodes.writer)[runs.nodes] > 0
@@ -124,7 +129,9 @@ class Journal:
             # notes of a block the first one is about what was told.
             gone = np.concatenate(self._cut)
             gone = gone[self._is_told(gone)]
-            gone = gone[np.sort(np.unique(gone, return_index=True)[1])]
+            order = np.arange(len(gone), dtype=np.int32)
+            self._first[gone[::-1]] = order[::-1]  # of several, the one written last stays
+            gone = gone[self._first[gone] == order]
             self._told[gone] = False
             self._gone = np.concatenate([self._gone, gone])
         if self._grown or len(self._batches) != 1:  # else each is there once, as in a batch
@@ -143,7 +150,7 @@ class Journal:
         if needed > len(self._told):
             told = np.zeros(max(needed, 2 * len(self._told)), np.bool_)
             told[: len(self._told)] = self._told
-            self._told = told
+            self._told, self._first = told, np.empty(len(told), np.int32)
 
     def _untold(self, nodes: Int64s) -> _Runs:
         """What is new in these nodes, parents before children."""
@@ -184,19 +191,21 @@ class Journal:
     def _tell(self, removed: Int32s, runs: _Runs, tails: _Runs) -> Changes:
         """`tails`: those whose tokens all lie in one tail, behind which there is nothing."""
         tree, size = self._tree, self._tree.block_size
-        pieces = [
-            piece
-            for node, begin, count in zip(
-                runs.nodes.tolist(), runs.begins.tolist(), runs.counts.tolist(), strict=True
-            )
-            for piece in self._tokens(node, begin, begin + size * count)
-        ]
+        pieces: list[Int32s] = []
+        held: list[Int32s] = []
+        rows = zip(*(column.tolist() for column in runs), strict=True)
+        for node, first, count, begin in rows:
+            held.append(tree.blocks.get(node)[first : first + count])
+            self._tokens(pieces, node, begin, begin + size * count)
         lengths = size * tails.counts
         places = spans(tails.begins - np.asarray(tree.nodes.start)[tails.nodes], lengths)
         pieces.append(tree.tail_tokens.at(np.repeat(tails.nodes, lengths), places))
+        held.append(
+            tree.blocks.at(np.repeat(tails.nodes, tails.counts), spans(tails.firsts, tails.counts))
+        )
 
         runs = _Runs(*map(np.concatenate, zip(runs, tails, strict=True)))
-        stored = tree.blocks.at(np.repeat(runs.nodes, runs.counts), spans(runs.firsts, runs.counts))
+        stored = np.concatenate(held)
         self._reach(stored)
         self._told[stored] = True
         namespaces = {
@@ -223,17 +232,15 @@ class Journal:
         parents[behind] = self._tree.blocks.at(nodes, places // self._tree.block_size)
         return parents
 
-    def _tokens(self, node: int, begin: int, end: int) -> Iterator[Int32s]:
-        """Those at positions begin..end-1 of the path to `node`, which `end` lies in."""
-        tree, nodes = self._tree, self._tree.nodes
-        above = []
-        while nodes.start[node] > begin:
-            above.append((node, nodes.start[node], end))
-            end = nodes.start[node]
-            node = nodes.parent[node]
-        for holder, first, behind in [(node, begin, end), *reversed(above)]:
-            if nodes.writer[holder]:
-                tokens = tree.tail_tokens.get(holder)
-            else:
-                tokens = np.frombuffer(tree.edge(holder), np.int32)
-            yield tokens[first - nodes.start[holder] : behind - nodes.start[holder]]
+    def _tokens(self, pieces: list[Int32s], node: int, begin: int, end: int) -> None:
+        """Appends those at positions begin..end-1 of the path to `node`, which `end` lies in."""
+        nodes = self._tree.nodes
+        start = nodes.start[node]
+        if start > begin:
+            self._tokens(pieces, nodes.parent[node], begin, start)
+            begin = start
+        if nodes.writer[node]:
+            tokens = self._tree.tail_tokens.get(node)
+        else:
+            tokens = np.frombuffer(self._tree.edge(node), np.int32)
+        pieces.append(tokens[begin - start : end - start])

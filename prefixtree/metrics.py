@@ -70,6 +70,14 @@ GAUGES = {
     ),
     "kept_prefixes": ("kept_prefixes", "Prefixes pinned for good."),
     "kept_tokens": ("kept_tokens", "Tokens of those prefixes, shared ones counted for each."),
+    "attended_tokens": (
+        "attended_tokens",
+        "Tokens whose KV attention reads at the last step planned, each once.",
+    ),
+    "attended_logical_tokens": (
+        "attended_logical_tokens",
+        "Tokens whose KV attention would read at that step without sharing.",
+    ),
 }
 """Name without the prefix: attribute of `Stats`, help."""
 
@@ -117,7 +125,8 @@ class StatsCollector(Collector):
         """`read` is called at each scrape, from the scraper's thread.
 
         With `bytes_per_token`, those of K and V of one token in all layers, the bytes that sharing
-        saves are among the metrics. Raises `InvalidArgument` unless that is an integer >= 1.
+        saves, in memory and in what attention reads, are among the metrics. Raises
+        `InvalidArgument` unless that is an integer >= 1.
         """
         self._read = read
         self._bytes = (
@@ -136,6 +145,9 @@ class StatsCollector(Collector):
             text = "Bytes of K and V that need not be held thanks to sharing."
             saved = stats.saved_bytes(self._bytes)
             yield GaugeMetricFamily("prefixtree_saved_bytes", text, saved)
+            text = "Bytes of K and V that attention at the last step planned need not read."
+            saved = stats.saved_attention_bytes(self._bytes)
+            yield GaugeMetricFamily("prefixtree_saved_attention_bytes", text, saved)
         for name, (attribute, text) in COUNTERS.items():
             yield CounterMetricFamily(f"prefixtree_{name}", text, getattr(stats, attribute))
         for name, (attribute, text) in EVICTIONS.items():

@@ -60,6 +60,11 @@ class Stats(NamedTuple):
     """Pins made by `PrefixCache.pin` and not taken off."""
     kept_tokens: int
     """Tokens of these prefixes, shared ones counted for each."""
+    attended_tokens: int
+    """Tokens of the last `PrefixCache.forest`, each once: what attention over it reads the K and V
+    of. 0 before the first."""
+    attended_logical_tokens: int
+    """The same with shared ones counted for each sequence: what attention without sharing reads."""
     opens: int
     forks: int
     """Sequences made by fork."""
@@ -140,6 +145,16 @@ class Stats(NamedTuple):
         Raises `InvalidArgument` unless that is an integer >= 1.
         """
         return self.shared_tokens * at_least(1, "bytes_per_token", bytes_per_token)
+
+    def saved_attention_bytes(self, bytes_per_token: int) -> int:
+        """Bytes of K and V that one step of attention over the last forest need not read.
+
+        What a kernel reads that goes through each node once for all its sequences, against one that
+        goes through each sequence; `bytes_per_token` are those of one token in all layers. Raises
+        as `saved_bytes`.
+        """
+        saved = self.attended_logical_tokens - self.attended_tokens
+        return saved * at_least(1, "bytes_per_token", bytes_per_token)
 
     def delta(self, earlier: Stats) -> Stats:
         """What happened since `earlier`, of the same cache: counts and histograms are differences,

@@ -370,6 +370,8 @@ class RadixTree:
         self.nodes.length[leaf] += len(tokens)
         self.blocks.set(leaf, np.concatenate([self.blocks.get(leaf), blocks]))
         self.cached_tokens += len(tokens)
+        if self.journal is not None:
+            self.journal.grew(leaf)
 
     def split(self, node: int, length: int) -> tuple[int, int]:
         """Puts the first `length` tokens into a new node above `node`.

@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=[],
         metavar="ENGINES",
-        help="other engines to measure as well, with commas: sglang, vllm",
+        help="what else to measure, with commas: sglang, vllm; observed is ours with KV events, "
+        "statistics each step, metrics and the inspector on",
     )
     add(
         "--trace",

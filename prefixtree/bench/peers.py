@@ -17,6 +17,9 @@ its block hashes computed, which takes longer than all of its other steps. Not t
 SGLang's scheduler does around a commit: it copies the request's row, matches, gathers the path's
 slots and locks a second time.
 
+"observed" is ours once more with all that looks at it switched on: its `close` also publishes KV
+events and takes statistics, and once a second a scrape and a view for the inspector.
+
 SGLang's caches allocate from `_Slots`, a stack of real slots: its own allocator concatenates all
 free slots each time that some come back.
 """
@@ -111,6 +114,22 @@ class Ours:
 
     def evict(self, num_tokens: int) -> int:
         return self.cache.evict(-(-num_tokens // self._block_size)).tokens
+
+
+class Observed(Ours):
+    """Ours with all that looks at it, after each request as after a step of an engine."""
+
+    name: ClassVar[str] = "observed"
+
+    def __init__(self, num_tokens: int, block_size: int) -> None:
+        from prefixtree.bench.observers import Observers
+
+        super().__init__(num_tokens, block_size)
+        self._observers = Observers(self.cache)
+
+    def close(self, request: Any) -> None:
+        super().close(request)
+        self._observers.step()
 
 
 class _Slots:
@@ -341,6 +360,7 @@ class VLLM:
 
 
 _PEERS: dict[str, tuple[tuple[type[Peer], ...], str, str]] = {
+    "observed": ((Observed,), "prefixtree.bench.observers", "'prefixtree[events,metrics]'"),
     "sglang": ((SGLangPython, SGLangRust), "sglang.srt.mem_cache.radix_cache", "sglang"),
     "vllm": ((VLLM,), "vllm.v1.core.kv_cache_manager", "vllm"),
 }

@@ -8,6 +8,7 @@ extra `events`; without it the import raises ImportError.
     while serving:
         ...                  # a step of the engine
         publisher.publish()  # by the thread that uses the cache
+    publisher.flush()        # before a pause
 """
 
 try:

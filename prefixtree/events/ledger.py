@@ -6,8 +6,8 @@ it. A whole block has one row, numbered as in `journal`: about 100 bytes at 16 t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,21 @@ AT_ONCE = 1 << 14
 """Blocks whose tokens are made lists at once."""
 
 
+class Told(NamedTuple):
+    """What changed, and what consumers are to be told of its namespaces."""
+
+    changes: Changes
+    lora_names: dict[int, str | None]
+    """By index of the run, for `changes.namespaces`."""
+
+
+class _Owner(NamedTuple):
+    """Who may match a path."""
+
+    namespace: Namespace
+    lora_name: str | None
+
+
 class Ledger:
     """The blocks that were told of, and the events that tell of them."""
 
@@ -39,32 +54,35 @@ class Ledger:
         chain: ChainedHash,
         whole_hashes: bool,
         medium: str | None,
-        lora_name: Callable[[Namespace], str | None],
+        lora_name: str | None,
     ) -> None:
+        """`lora_name` is that of the default namespace."""
         self._block_size = block_size
         self._chain = chain
         self._whole_hashes = whole_hashes
         self._medium = medium
-        self._lora_name = lora_name
+        self._nobody = _Owner(DEFAULT, lora_name)
         self._digests: npt.NDArray[np.uint8] = np.empty((0, chain.size), np.uint8)
         self._tokens: Int32s = np.empty((0, block_size), np.int32)
         self._parents: Int32s = np.empty(0, np.int32)
         self._roots: Int32s = np.empty(0, np.int32)  # the first block of a block's path
         self._depths: Int32s = np.empty(0, np.int32)  # blocks in front of it, or UNKNOWN
-        self._namespaces: dict[int, Namespace] = {}  # of first blocks, but for the default one
+        self._owners: dict[int, _Owner] = {}  # of first blocks, but for the default namespace
         self._count = 0
 
     def __len__(self) -> int:
         """Blocks that can be matched."""
         return self._count
 
-    def apply(self, changes: Changes) -> list[Event]:
+    def apply(self, told: Told) -> list[Event]:
         """Takes over what changed; returns the events that say so, in order."""
+        changes = told.changes
         events: list[Event] = []
-        if len(changes.removed):
-            events.append(self._remove(changes.removed))
+        removed = self._known(changes.removed)
+        if len(removed):
+            events.append(self._remove(removed))
         if len(changes.stored):
-            self._store(changes)
+            self._store(changes, told.lora_names)
             events.extend(self._stored(changes.stored, changes.counts))
         return events
 
@@ -80,17 +98,23 @@ class Ledger:
             yield from self._stored(blocks[done : ends[last - 1]], counts[first:last])
             first = last
 
+    def _known(self, blocks: Int32s) -> Int32s:
+        """Those that were told of, each once, where it comes first."""
+        blocks = blocks[blocks < len(self._depths)]
+        blocks = blocks[self._depths[blocks] != UNKNOWN]
+        return blocks[np.sort(np.unique(blocks, return_index=True)[1])]
+
     def _remove(self, blocks: Int32s) -> Event:
         self._count -= len(blocks)
         self._depths[blocks] = UNKNOWN
-        if self._namespaces:
-            for root in self._namespaces.keys() & blocks.tolist():
-                del self._namespaces[root]
+        if self._owners:
+            for root in self._owners.keys() & blocks.tolist():
+                del self._owners[root]
         if not self._count:
             return AllBlocksCleared()
         return BlockRemoved(block_hashes=self._hashes(blocks), medium=self._medium)
 
-    def _store(self, changes: Changes) -> None:
+    def _store(self, changes: Changes, lora_names: dict[int, str | None]) -> None:
         blocks, parents, counts = changes.stored, changes.parents, changes.counts
         self._reach(int(blocks.max()) + 1)
         self._count += len(blocks)
@@ -100,7 +124,7 @@ class Ledger:
         self._parents[blocks] = above
         self._tokens[blocks] = changes.tokens.reshape(-1, self._block_size)
         for run, namespace in changes.namespaces.items():
-            self._namespaces[int(blocks[firsts[run]])] = namespace
+            self._owners[int(blocks[firsts[run]])] = _Owner(namespace, lora_names[run])
 
         # A run may go on behind one that comes in the same changes.
         order = np.argsort(blocks)
@@ -140,7 +164,7 @@ class Ledger:
         size, first = self._block_size, 0
         runs = zip(self._roots[firsts].tolist(), parents.tolist(), behind.tolist(), strict=True)
         for run, (root, parent, last) in enumerate(runs):
-            namespace = self._namespaces.get(root, DEFAULT)
+            namespace, lora_name = self._owners.get(root, self._nobody)
             parts = namespace if isinstance(namespace, tuple) else (namespace,)
             yield BlockStored(
                 block_hashes=hashes[first:last],
@@ -149,7 +173,7 @@ class Ledger:
                 block_size=size,
                 lora_id=None,
                 medium=self._medium,
-                lora_name=self._lora_name(namespace),
+                lora_name=lora_name,
                 extra_keys=None if namespace == DEFAULT else [parts] * (last - first),
             )
             first = last

@@ -13,37 +13,32 @@ rebuild what is cached. When no such batch is kept, one is made and sent to all.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from typing import NamedTuple, Self, SupportsIndex
+from typing import NamedTuple, Self, SupportsFloat, SupportsIndex
 
-import msgspec
 import zmq
 
-from allocator.errors import at_least
+from allocator.errors import InvalidArgument, at_least
 from prefixtree.errors import CannotPublish, EventsClosed
-from prefixtree.events.messages import (
-    AllBlocksCleared,
-    Event,
-    as_array,
-    num_blocks,
-)
+from prefixtree.events.progress import Progress, create
+from prefixtree.events.sender import Setup, Work, send
 from prefixtree.events.source import KVEvents
-from prefixtree.journal import Changes
-
-END = (-1).to_bytes(8, "big", signed=True)
 
 BATCH_BLOCKS = 4096
 """Blocks that a batch tells of before the next one is begun."""
 
 WAITING = 64
-"""Calls of `publish` whose changes may wait to be sent; further changes stay in the cache."""
+"""Works that may wait to be sent; further changes stay in the cache."""
 
-LINGER_MS = 1000
-"""How long closing waits for consumers to be sent the rest."""
+CLOSE_SECONDS = 60.0
+"""How long closing waits for the sending process, before it is killed."""
+
+_SENDER = "from prefixtree.events.sender import main; main()"
 
 
 class PublisherStats(NamedTuple):
@@ -58,19 +53,17 @@ class PublisherStats(NamedTuple):
     resyncs: int
     """How often everything was told anew; the first time at the start."""
     postponed: int
-    """Calls of `publish` that left the changes to a later one, since too much waited already."""
-
-
-class Work(NamedTuple):
-    """What the sending thread is to do."""
-
-    ts: float
-    changes: Changes | None
-    """To be sent; None: everything is to be told anew."""
+    """How often changes were left to a later call, since too much waited already."""
+    waiting: int
+    """Changes handed over, and resyncs asked for, that are not sent yet."""
 
 
 class ZmqPublisher:
-    """Sends the events of a cache; a thread of its own does the hashing and the sending.
+    """Sends the events of a cache; a process of its own does the hashing and the sending.
+
+    So the cache's process spends on it little more than a copy of what changed. The other process
+    takes a few tenths of a second to start, about 40 MB, and 100 bytes for each cached block of 16
+    tokens; it ends with `close`, and when the process that started it ends, however that happens.
 
     A consumer that reads too slowly loses batches, sees it by the sequence numbers and asks for
     them. Nothing here ever waits for a consumer.
@@ -83,6 +76,7 @@ class ZmqPublisher:
         replay_endpoint: str | None = None,
         *,
         topic: str = "",
+        interval: SupportsFloat = 0.05,
         positional: bool = False,
         data_parallel_rank: SupportsIndex = 0,
         buffer_batches: SupportsIndex = 1000,
@@ -90,59 +84,66 @@ class ZmqPublisher:
     ) -> None:
         """Binds the endpoints, "tcp://127.0.0.1:5557", "tcp://*:5557" or "ipc:///run/kv-events".
 
-        Events are maps, or, if `positional`, arrays as older consumers expect them.
-        `buffer_batches` are kept for replay, some 5 bytes a token; `high_water_mark` is how many
-        may wait for a slow consumer before it loses some. From now on `events` is the publisher's.
+        `publish` hands changes over at most once in `interval` seconds. Events are maps, or, if
+        `positional`, arrays as older consumers expect them. `buffer_batches` are kept for replay,
+        some 5 bytes a token; `high_water_mark` is how many may wait for a slow consumer before it
+        loses some. From now on `events` is the publisher's.
 
-        Raises `CannotPublish` when an endpoint cannot be bound, a port in use for example, and
-        `InvalidArgument` for a rank < 0, or a number of batches < 1.
+        Raises `CannotPublish` when an endpoint cannot be bound, a port in use for example, or the
+        process cannot be started, and `InvalidArgument` for an interval or a rank < 0, or a number
+        of batches < 1.
         """
+        self._interval = float(interval)
+        if not self._interval >= 0:
+            raise InvalidArgument(f"interval is {interval}, expected a number of seconds >= 0")
+        setup = Setup(
+            events.ledger,
+            endpoint,
+            replay_endpoint,
+            topic=topic.encode(),
+            positional=positional,
+            rank=at_least(0, "data_parallel_rank", data_parallel_rank),
+            kept=at_least(1, "buffer_batches", buffer_batches),
+            high_water_mark=at_least(1, "high_water_mark", high_water_mark),
+            batch_blocks=BATCH_BLOCKS,
+        )
         self._events = events
-        self._topic = topic.encode()
-        self._positional = positional
-        self._rank = at_least(0, "data_parallel_rank", data_parallel_rank)
-        self._kept = at_least(1, "buffer_batches", buffer_batches)
-        limit = at_least(1, "high_water_mark", high_water_mark)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._buffer: deque[bytes] = deque(maxlen=self._kept)  # the latest batches
-        self._fresh = 0  # the latest batch that begins with AllBlocksCleared
-        self._batches = self._blocks = self._replays = self._resyncs = self._postponed = 0
-
-        self._work: deque[Work | None] = deque()
         self._lock = threading.Lock()  # of those who call
         self._closed = False
-        self._failure: Exception | None = None
+        self._given = self._postponed = 0
+        self._next = 0.0
+        self._progress: Progress
         self._context = zmq.Context()
-        self._context.linger = LINGER_MS
+        self._work: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        self._work.sndhwm = 0  # `WAITING` is the limit
+        self._work.reconnect_ivl = 5  # ms: tried until the process is there
         try:
-            self._pub = self._socket(zmq.PUB, limit, endpoint)
-            # Twice the longest answer: ZeroMQ learns only by halves of it what was read.
-            self._router = self._socket(zmq.ROUTER, 2 * self._kept + 4, replay_endpoint)
+            self._process = self._start(setup)
         except BaseException:
             self._context.destroy(linger=0)
             raise
-        self._wake = self._context.socket(zmq.PAIR)
-        self._woken = self._context.socket(zmq.PAIR)
-        self._wake.sndhwm = self._woken.rcvhwm = 0
-        self._wake.bind("inproc://work")
-        self._woken.connect("inproc://work")
-        self._thread = threading.Thread(target=self._run, daemon=True, name="kv-events")
-        self._thread.start()
 
     def publish(self) -> None:
-        """Hands what changed since the last call to the sending thread.
+        """Hands what changed since the last time to the sending process, once in `interval`.
 
-        To be called as the cache is: once a step, or by a timer. Costs nothing where nothing
-        changed. When the thread is far behind, the changes stay in the cache until a later call:
-        nothing is lost. Raises `EventsClosed`, `CannotPublish` when the thread has failed, and what
-        a broken cache does.
+        To be called as the cache is: once a step, or by a timer. Costs next to nothing before the
+        interval is over; what changed then is told by the next call after it, so before a pause in
+        which nobody calls, `flush`. When the process is far behind, the changes stay in the cache
+        until a later call: nothing is lost. Raises `EventsClosed`, `CannotPublish` when the process
+        has failed or ended, what `lora_name` does and what a broken cache does.
         """
         with self._lock:
-            self._require_running()
-            if len(self._work) >= WAITING:
-                self._postponed += 1
-            elif (changes := self._events.collect()) is not None:
-                self._give(Work(time.time(), changes))
+            self._require_open()
+            now = time.monotonic()
+            if now >= self._next:
+                self._hand_over()
+                self._next = now + self._interval
+
+    def flush(self) -> None:
+        """As `publish`, whenever the last time was. Does not wait until it is sent."""
+        with self._lock:
+            self._require_open()
+            self._hand_over()
 
     def resync(self) -> None:
         """Has everything told anew to all: `AllBlocksCleared`, and then what is stored.
@@ -150,13 +151,20 @@ class ZmqPublisher:
         Does not touch the cache, so any thread may call it. Raises `EventsClosed`, `CannotPublish`.
         """
         with self._lock:
+            self._require_open()
             self._require_running()
             self._give(Work(time.time(), None))
 
     def stats(self) -> PublisherStats:
         """The numbers of now. Any thread may call it, also after `close`."""
+        now = self._progress
         return PublisherStats(
-            self._batches, self._blocks, self._replays, self._resyncs, self._postponed
+            waiting=self._given - now.done,  # before the others, which then tell of what is done
+            batches=now.batches,
+            blocks=now.blocks,
+            replays=now.replays,
+            resyncs=now.resyncs,
+            postponed=self._postponed,
         )
 
     def close(self) -> None:
@@ -165,13 +173,17 @@ class ZmqPublisher:
         More than once does no harm.
         """
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._give(None)
-        self._thread.join()
-        self._wake.close()
-        self._context.term()
-        self._events.close()
+            if self._closed:
+                return
+            self._closed = True
+            send(self._work, None)
+            try:
+                self._process.wait(CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+            self._end()
+            self._context.destroy(linger=0)
+            self._events.close()
 
     def __enter__(self) -> Self:
         return self
@@ -179,104 +191,59 @@ class ZmqPublisher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _socket(self, kind: int, limit: int, endpoint: str | None) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.sndhwm = limit
-        if endpoint is not None:
+    def _start(self, setup: Setup) -> subprocess.Popen[bytes]:
+        """The process, with its sockets bound."""
+        # Nobody else may read the directory. Once the process is ready it is needed no more, so
+        # nothing stays behind, however this one ends.
+        with tempfile.TemporaryDirectory(prefix="kv-events-") as private:
+            address, progress = f"ipc://{private}/work", f"{private}/progress"
             try:
-                socket.bind(endpoint)
-            except zmq.ZMQError as error:
-                raise CannotPublish(f"cannot bind {endpoint!r}: {error}") from error
-        return socket
+                self._progress = create(progress)
+                self._work.connect(address)  # so that to send never waits, bound there or not
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _SENDER, address, progress],
+                    stdin=subprocess.PIPE,  # its end tells the process that this one has ended
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    start_new_session=True,  # Ctrl-C is for this one
+                )
+            except (OSError, zmq.ZMQError) as error:
+                raise CannotPublish(f"cannot start the sending process: {error}") from error
+            try:
+                send(self._work, setup)
+                while not self._progress.ready:
+                    self._require_running()
+                    time.sleep(0.005)
+            except BaseException:
+                self._process.kill()
+                self._end()
+                raise
+        return self._process
 
-    def _require_running(self) -> None:
+    def _end(self) -> None:
+        """Waits for the process, which ends by itself."""
+        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def _require_open(self) -> None:
         if self._closed:
             raise EventsClosed("the publisher is closed")
-        if self._failure is not None:
-            error = self._failure
-            raise CannotPublish(f"sending failed: {type(error).__name__}: {error}") from error
 
-    def _give(self, work: Work | None) -> None:
-        self._work.append(work)
-        with suppress(zmq.Again):  # the thread has failed
-            self._wake.send(b"", zmq.NOBLOCK)
+    def _require_running(self) -> None:
+        ended = self._process.poll() is not None
+        if failure := self._progress.failure:
+            raise CannotPublish(failure.decode(errors="replace"))
+        if ended:
+            code = self._process.returncode
+            raise CannotPublish(f"the sending process has ended, exit code {code}")
 
-    # What the thread does.
+    def _hand_over(self) -> None:
+        self._require_running()
+        if self._given - self._progress.done >= WAITING:
+            self._postponed += 1
+        elif (told := self._events.collect()) is not None:
+            self._give(Work(time.time(), told))
 
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._woken, zmq.POLLIN)
-        poller.register(self._router, zmq.POLLIN)
-        try:
-            self._tell_everything(time.time())
-            while True:
-                ready = dict(poller.poll())
-                if self._router in ready:
-                    self._answer(self._router.recv_multipart())
-                if self._woken in ready:
-                    self._woken.recv()
-                    work = self._work.popleft()
-                    if work is None:
-                        break
-                    if work.changes is None:
-                        self._tell_everything(work.ts)
-                    else:
-                        self._send(work.ts, self._events.apply(work.changes), BATCH_BLOCKS)
-        except Exception as error:
-            self._failure = error
-        finally:
-            for socket in (self._pub, self._router, self._woken):
-                socket.close()
-
-    def _tell_everything(self, ts: float) -> None:
-        self._resyncs += 1
-        # So few batches that all of them are kept.
-        limit = max(BATCH_BLOCKS, 2 * self._events.stored_blocks // self._kept + 1)
-        self._send(ts, self._events.everything(), limit)
-
-    def _send(self, ts: float, events: Iterable[Event], limit: int) -> None:
-        for batch in _batches(events, limit):
-            told = [as_array(event) for event in batch] if self._positional else batch
-            if isinstance(batch[0], AllBlocksCleared):
-                self._fresh = self._batches
-            payload = self._encoder.encode((ts, told, self._rank))
-            number = self._batches.to_bytes(8, "big")
-            self._pub.send_multipart((self._topic, number, payload))
-            self._buffer.append(payload)
-            self._batches += 1
-            self._blocks += sum(map(num_blocks, batch))
-
-    def _answer(self, request: list[bytes]) -> None:
-        if len(request) != 3 or len(request[2]) != 8:
-            return  # nobody who speaks this protocol
-        client, _, wanted = request
-        self._replays += 1
-        first = int.from_bytes(wanted, "big")
-        if first < self._oldest:
-            if self._fresh < self._oldest:
-                self._tell_everything(time.time())
-            first = self._fresh
-        for number, payload in enumerate(self._buffer, self._oldest):
-            if number >= first:
-                frames = (client, b"", self._topic, number.to_bytes(8, "big"), payload)
-                self._router.send_multipart(frames)
-        self._router.send_multipart((client, b"", b"", END, b""))
-
-    @property
-    def _oldest(self) -> int:
-        """Number of the first batch that is kept."""
-        return self._batches - len(self._buffer)
-
-
-def _batches(events: Iterable[Event], limit: int) -> Iterator[list[Event]]:
-    """The events in lists, each of which ends when it tells of `limit` blocks or more."""
-    batch: list[Event] = []
-    blocks = 0
-    for event in events:
-        batch.append(event)
-        blocks += num_blocks(event)
-        if blocks >= limit:
-            yield batch
-            batch, blocks = [], 0
-    if batch:
-        yield batch
+    def _give(self, work: Work) -> None:
+        send(self._work, work)
+        self._given += 1

@@ -7,6 +7,7 @@
 | `namespaces` | [R] as text |
 | `arrays` | those of `ARRAYS`: [N] as in `TreeView`; `held`: [N] blocks each; `blocks`, `aside` |
 | `texts` | [N] the nodes' text, or null where it is not shown |
+| `joint` | what comes between the text of a node and that of one below, where text is shown |
 
 All else that the page shows (positions, depths, sums, reference counts) it counts from these.
 """
@@ -37,7 +38,8 @@ Frame = dict[str, Any]
 
 def frame(view: TreeView, decode: Decode | None, label: str = "") -> Frame:
     """The view with its text: decoded, or token ids. Raises `DecodeFailed`. O(nodes + tokens)."""
-    return {**frame_without_text(view, label), "texts": texts(view, decode)}
+    joint = "" if decode else " "
+    return {**frame_without_text(view, label), "texts": texts(view, decode), "joint": joint}
 
 
 def frame_without_text(view: TreeView, label: str = "") -> Frame:

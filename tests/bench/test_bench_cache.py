@@ -1,6 +1,7 @@
 """The command `bench cache`, on sizes so small that the figures mean nothing."""
 
 import gzip
+import importlib
 import json
 import sys
 from itertools import product
@@ -113,7 +114,10 @@ def test_an_engine_that_is_not_there_is_named_with_what_installs_it(
 
 def test_an_unknown_engine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(*SMALL, "--against", "vlllm") == 2
-    assert "no engine 'vlllm' to measure against, expected sglang, vllm" in capsys.readouterr().err
+    assert (
+        "no engine 'vlllm' to measure against, expected observed, sglang, vllm"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_missing_library_is_named_with_what_installs_it(
@@ -273,3 +277,30 @@ def test_the_table_has_our_time_over_theirs() -> None:
         ["match", "10,000", "6.0", "us", "200", "ms", "(0.00)"],
         ["evict", "1,000", "2.5", "ms", "-"],
     ]
+
+
+def test_what_it_costs_to_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    observers = pytest.importorskip("prefixtree.bench.observers")
+    monkeypatch.setattr(observers, "SECONDS", 0.0)
+    counts = dict.fromkeys(("publish", "view", "scrape"), 0)
+
+    def counted(name: str, call: Any) -> Any:
+        def counting(*given: Any) -> Any:
+            counts[name] += 1
+            return call(*given)
+
+        return counting
+
+    publisher = observers.ZmqPublisher
+    monkeypatch.setattr(publisher, "publish", counted("publish", publisher.publish))
+    inspector = importlib.import_module("prefixtree.inspector.server").Inspector
+    monkeypatch.setattr(inspector, "publish", counted("view", inspector.publish))
+    monkeypatch.setattr(observers, "exposition", counted("scrape", observers.exposition))
+    trace, file = tmp_path / "trace.jsonl", tmp_path / "figures.json"
+    line = {"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [7, 8]}
+    trace.write_text(3 * (json.dumps(line) + "\n"))
+    assert bench("--trace", str(trace), "--json", str(file), "--against", "observed") == 0
+    for result in json.loads(file.read_text())["played"]:
+        assert result["hit_tokens"]["observed"] == result["hit_tokens"]["prefixtree"] == 1200
+        assert set(result["steps"]["request"]) == {"prefixtree", "observed"}
+    assert counts == dict.fromkeys(counts, 6)  # 3 requests at 2 block sizes

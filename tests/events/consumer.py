@@ -88,7 +88,7 @@ class Consumer:
     def follow(self, publisher: ZmqPublisher) -> None:
         """Reads on until all is known that the cache holds."""
         settle(publisher, self)
-        publisher.publish()  # what earlier calls have postponed
+        publisher.flush()  # what earlier calls have left
         settle(publisher, self)
         batches = publisher.stats().batches
         while self.expected < batches:
@@ -102,7 +102,7 @@ class Consumer:
 def settle(publisher: ZmqPublisher, consumer: Consumer) -> None:
     """Waits until the publisher has sent what it was given."""
     end = time.monotonic() + SECONDS
-    while publisher._work:
+    while publisher.stats().waiting:
         assert time.monotonic() < end
         time.sleep(0.001)
     consumer.ask(2**63)  # answered when the work before it is done

@@ -81,11 +81,11 @@ def follow(requests: list[Request], num_blocks: int, checks: int, running: int =
                 open_.popleft().close()
             sequence = cache.open(prompt)
             sequence.commit(len(prompt))
-            publisher.publish()
+            publisher.flush()
             if request.output_length:
                 cache.append([sequence], tokens[len(prompt) :], [request.output_length])
                 sequence.commit(len(tokens))
-                publisher.publish()
+                publisher.flush()
             open_.append(sequence)
             if draw.random() < 0.001:
                 while open_:

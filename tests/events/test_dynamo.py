@@ -123,7 +123,7 @@ def test_the_indexer_answers_as_the_cache_does(positional: bool) -> None:
         seen: list[list[int]] = []
         for number, prompt in enumerate(prompts()):
             write(cache, prompt)
-            publisher.publish()
+            publisher.flush()
             seen.append(prompt)
             if number == 200:  # more batches ago than are kept
                 client.register(1, endpoints)
@@ -134,9 +134,9 @@ def test_the_indexer_answers_as_the_cache_does(positional: bool) -> None:
                 while client.matched(1, marker) != BLOCK:
                     assert time.monotonic() < end
                     cache.forget(marker[:1])
-                    publisher.publish()
+                    publisher.flush()
                     write(cache, marker)
-                    publisher.publish()
+                    publisher.flush()
                     time.sleep(0.05)
                 for tokens in draw.sample(seen[-100:], 10):
                     expected = cache.match(tokens).cached // BLOCK * BLOCK
@@ -147,7 +147,7 @@ def test_the_indexer_answers_as_the_cache_does(positional: bool) -> None:
         assert stats.replays >= 1
         assert hits > asked // 4
         cache.clear()
-        publisher.publish()
+        publisher.flush()
         while client.matched(1, marker):
             assert time.monotonic() < end + SECONDS
     print(f"{asked} questions, {hits} with a hit, {cache.stats().evicted_nodes} evictions, {stats}")

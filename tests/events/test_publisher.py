@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+import signal
 import socket
+import subprocess
+import sys
+import time
 
 import msgspec
 import pytest
@@ -38,7 +42,7 @@ def churn(cache: pt.PrefixCache, publisher: ZmqPublisher, steps: int, seed: int)
         write(cache, tokens, namespace=draw.choice(["", "a"]))
         if draw.random() < 0.02:
             cache.clear()
-        publisher.publish()
+        publisher.flush()
 
 
 def test_a_consumer_follows(endpoints: tuple[str, str]) -> None:
@@ -65,8 +69,8 @@ def test_the_frames(endpoints: tuple[str, str]) -> None:
         Consumer(*endpoints, block_size=2) as consumer,
     ):
         write(cache, [1, 2, 3, 4, 5])
-        publisher.publish()
-        publisher.publish()  # nothing new: no batch
+        publisher.flush()
+        publisher.flush()  # nothing new: no batch
         settle(publisher, consumer)
         answers = consumer.ask(0)
         assert [answer[0] for answer in answers] == [b"kv", b"kv"]
@@ -94,12 +98,12 @@ def test_the_frames(endpoints: tuple[str, str]) -> None:
 
         write(cache, [1, 2, 9, 9, 9, 9], namespace="tenant")
         write(cache, [1, 2, 3, 7])
-        publisher.publish()
+        publisher.flush()
         cache.forget([1, 2, 3, 4])
         cache.forget([1, 2])
-        publisher.publish()
+        publisher.flush()
         cache.clear()
-        publisher.publish()
+        publisher.flush()
         settle(publisher, consumer)
         told, gone, nothing = [events for _, events, _ in contents(consumer.ask(2))]
         assert [(event["token_ids"], event["parent_block_hash"]) for event in told] == [
@@ -119,7 +123,7 @@ def test_positional_events(endpoints: tuple[str, str]) -> None:
         Consumer(*endpoints, block_size=4) as consumer,
     ):
         write(cache, [1, 2, 3, 4])
-        publisher.publish()
+        publisher.flush()
         settle(publisher, consumer)
         event = contents(consumer.ask(1))[0][1][0]
         assert event == ["BlockStored", event[1], None, [1, 2, 3, 4], 4, None, "GPU", None]
@@ -135,7 +139,7 @@ def test_who_joins_late_is_told_everything(endpoints: tuple[str, str]) -> None:
         churn(cache, publisher, 200, seed=1)
         assert publisher.stats().postponed < 200
         with Consumer(*endpoints, block_size=4) as consumer:
-            publisher.publish()
+            publisher.flush()
             settle(publisher, consumer)
             resyncs = publisher.stats().resyncs
             consumer.catch_up(0)
@@ -194,7 +198,7 @@ def test_a_resync_on_request(endpoints: tuple[str, str]) -> None:
         Consumer(*endpoints, block_size=4) as consumer,
     ):
         churn(cache, publisher, 100, seed=1)
-        publisher.publish()
+        publisher.flush()
         settle(publisher, consumer)
         before = publisher.stats().batches
         publisher.resync()
@@ -216,7 +220,7 @@ def test_a_resync_is_kept_whole(
         ZmqPublisher(KVEvents(cache), *endpoints, buffer_batches=5) as publisher,
         Consumer(*endpoints, block_size=1) as consumer,
     ):
-        publisher.publish()
+        publisher.flush()
         settle(publisher, consumer)
         assert publisher.stats().batches > 5
         assert publisher.stats().blocks == 120
@@ -236,7 +240,7 @@ def test_requests_that_nobody_understands_are_not_answered(endpoints: tuple[str,
         assert publisher.stats().replays == 1
 
 
-def test_more_changes_than_the_thread_can_send_wait_in_the_cache(
+def test_more_changes_than_the_process_can_send_wait_in_the_cache(
     endpoints: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = pt.PrefixCache(60, 4)
@@ -249,7 +253,7 @@ def test_more_changes_than_the_thread_can_send_wait_in_the_cache(
         assert publisher.stats().postponed == 300
         assert publisher.stats().batches <= 1
         monkeypatch.undo()
-        publisher.publish()
+        publisher.flush()
         settle(publisher, consumer)
         consumer.catch_up(0)
         assert consumer.mirror.keys == whole_blocks(cache)
@@ -265,45 +269,138 @@ def test_an_address_that_cannot_be_had(endpoints: tuple[str, str]) -> None:
         for wrong in ([used], [endpoints[0], used], ["nowhere"], ["tcp://256.0.0.1:5"]):
             with pytest.raises(CannotPublish, match="cannot bind"):
                 ZmqPublisher(events, *wrong)
-    for options in ({"buffer_batches": 0}, {"high_water_mark": 0}, {"data_parallel_rank": -1}):
+    for options in (
+        {"buffer_batches": 0},
+        {"high_water_mark": 0},
+        {"interval": -1},
+        {"data_parallel_rank": -1},
+    ):
         with pytest.raises(InvalidArgument):
             ZmqPublisher(events, *endpoints, **options)
     write(cache, [1, 2, 3, 4])
     with ZmqPublisher(events, *endpoints) as publisher, Consumer(*endpoints, 4) as consumer:
-        publisher.publish()
+        publisher.flush()
         settle(publisher, consumer)
         consumer.catch_up(0)
         assert consumer.mirror.keys == whole_blocks(cache)
 
 
-def test_a_thread_that_fails_says_so(
+def test_changes_wait_for_the_interval_and_no_longer(
     endpoints: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(changes: object) -> None:
-        raise ValueError("broken")
-
-    cache = pt.PrefixCache(8, 4)
-    events = KVEvents(cache)
-    monkeypatch.setattr(events, "apply", fail)
-    with ZmqPublisher(events, *endpoints) as publisher:
+    now = 100.0
+    monkeypatch.setattr(publisher_module.time, "monotonic", lambda: now)
+    cache = pt.PrefixCache(60, 4)
+    with ZmqPublisher(KVEvents(cache), *endpoints, interval=0.5) as publisher:
+        assert told_by(publisher) == 0
+        for moment, told in ((100.0, 1), (100.4, 1), (100.5, 3), (100.9, 3), (101.0, 5)):
+            now = moment
+            write(cache, [int(10 * moment)] * 4)
+            publisher.publish()
+            assert told_by(publisher) == told
         write(cache, [1, 2, 3, 4])
         publisher.publish()
-        publisher._thread.join()
-        for call in (publisher.publish, publisher.resync):
-            with pytest.raises(CannotPublish, match="ValueError: broken"):
+        assert told_by(publisher) == 5
+        publisher.flush()
+        assert told_by(publisher) == 6
+
+
+def told_by(publisher: ZmqPublisher) -> int:
+    """Blocks that were told when all that was handed over has been sent."""
+    while publisher.stats().waiting:
+        time.sleep(0.001)
+    return publisher.stats().blocks
+
+
+def test_a_process_that_fails_says_so(
+    endpoints: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = pt.PrefixCache(8, 4)
+    events = KVEvents(cache)
+    with ZmqPublisher(events, *endpoints) as publisher:
+        write(cache, [1, 2, 3, 4])
+        told = events.collect()
+        assert told is not None
+        broken = told._replace(changes=told.changes._replace(tokens=told.changes.tokens[:3]))
+        monkeypatch.setattr(events, "collect", lambda: broken)
+        publisher.flush()
+        publisher._process.wait()
+        for call in (publisher.flush, publisher.publish, publisher.resync):
+            with pytest.raises(CannotPublish, match="sending failed: ValueError: cannot reshape"):
                 call()
     cache.check()
+
+
+def test_a_process_that_is_killed_is_missed(endpoints: tuple[str, str]) -> None:
+    cache = pt.PrefixCache(8, 4)
+    with ZmqPublisher(KVEvents(cache), *endpoints) as publisher:
+        publisher._process.kill()
+        publisher._process.wait()
+        for call in (publisher.flush, publisher.publish, publisher.resync):
+            with pytest.raises(CannotPublish, match="has ended, exit code -9"):
+                call()
+        write(cache, [1, 2, 3, 4])
+    cache.check()
+    with ZmqPublisher(KVEvents(cache), *endpoints) as again:  # both can be had again
+        again.flush()
+        assert told_by(again) == 1
+
+
+def test_a_process_that_hangs_is_killed_by_close(
+    endpoints: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "CLOSE_SECONDS", 0.1)
+    publisher = ZmqPublisher(KVEvents(pt.PrefixCache(8, 4)), *endpoints)
+    publisher._process.send_signal(signal.SIGSTOP)
+    publisher.close()
+    assert publisher._process.returncode == -signal.SIGKILL
+
+
+LEFT = """
+import os, signal, sys
+import prefixtree as pt
+from prefixtree.events import KVEvents, ZmqPublisher
+publisher = ZmqPublisher(KVEvents(pt.PrefixCache(8, 4)), sys.argv[1])
+print(publisher._process.pid, flush=True)
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", ""])
+def test_the_process_ends_when_its_parent_does(endpoints: tuple[str, str], end: str) -> None:
+    # Returns when nobody has its output open any more: not before the child has ended.
+    parent = subprocess.run(
+        [sys.executable, "-c", LEFT.format(end=end), endpoints[0]],
+        stdout=subprocess.PIPE,
+        check=False,
+        timeout=60,
+    )
+    assert int(parent.stdout) > 0
+
+
+def test_a_process_that_cannot_be_started(
+    endpoints: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = KVEvents(pt.PrefixCache(8, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/no/such/python")
+        with pytest.raises(CannotPublish, match=r"cannot start the sending process.*/no/such"):
+            ZmqPublisher(events, *endpoints)
+    with monkeypatch.context() as patch:
+        patch.setattr(publisher_module, "_SENDER", "import sys; sys.exit(3)")
+        with pytest.raises(CannotPublish, match="has ended, exit code 3"):
+            ZmqPublisher(events, *endpoints)
 
 
 def test_closing(endpoints: tuple[str, str]) -> None:
     cache = pt.PrefixCache(8, 4)
     publisher = ZmqPublisher(KVEvents(cache), *endpoints)
     write(cache, [1, 2, 3, 4])
-    publisher.publish()
+    publisher.flush()
     publisher.close()
     publisher.close()
     assert publisher.stats().batches == 2
-    for call in (publisher.publish, publisher.resync):
+    for call in (publisher.publish, publisher.flush, publisher.resync):
         with pytest.raises(EventsClosed):
             call()
     with ZmqPublisher(KVEvents(cache), *endpoints):  # both can be had again
@@ -318,7 +415,7 @@ def test_vllm_reads_the_bytes_and_would_have_written_them(endpoints: tuple[str, 
         Consumer(*endpoints, block_size=4) as consumer,
     ):
         churn(cache, publisher, 300, seed=7)
-        publisher.publish()
+        publisher.flush()
         settle(publisher, consumer)
         payloads = [answer[2] for answer in consumer.ask(0)]
     decoder = msgspec.msgpack.Decoder(theirs.KVEventBatch)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from prefixtree.inspector.page import page
 from prefixtree.inspector.payload import frame, frame_without_text
 
 from .browser import CHROMIUM, Browser
-from .caches import AWKWARD, from_utf8, large, small
+from .caches import AWKWARD, Grown, from_utf8, large, small
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
@@ -107,6 +108,63 @@ def test_search_finds_and_goes_on(opened: tuple[Browser, pt.PrefixCache]) -> Non
     browser.run("byId('query').value = 'nowhere'; byId('query').dispatchEvent(new Event('input'))")
     browser.press("Enter")
     assert browser.run("byId('matches').value") == "0 matches"
+
+
+def test_search_finds_what_goes_on_in_a_node_below(
+    opened: tuple[Browser, pt.PrefixCache],
+) -> None:
+    browser, _ = opened
+    found = """search(app.frame, QUERY).map((item) => app.frame.texts[app.frame.nodeOf[item]])"""
+    for query, begins in {
+        "then TWO": "shared prefix, then ",
+        "x, then oneac": "shared prefix, then ",  # over three nodes
+        "ea": "one",
+        "eab": None,
+        "tt": None,  # siblings do not follow each other
+    }.items():
+        expected = [] if begins is None else [begins]
+        assert browser.run(found.replace("QUERY", repr(query))) == expected, query
+
+
+@pytest.mark.parametrize("decode", [None, lambda ids: "".join("abcdef"[i % 6] for i in ids)])
+def test_search_finds_all_that_a_path_says(
+    browser: Browser, tmp_path: Path, decode: Callable[[list[int]], str] | None
+) -> None:
+    view = Grown(3, 80, 2).cache.tree()
+    path = tmp_path / "page.html"
+    view.to_html(path, decode)
+    browser.open(path)
+    texts = browser.run("app.frame.texts")
+    joint = "" if decode else " "
+    parent = view.parent.tolist()
+    above: list[str] = []
+    for up in parent:
+        above.append(above[up] + texts[up] + joint if up >= 0 else "")
+    draw = Random(1)
+    several = 0
+    for _ in range(60):
+        node = draw.randrange(len(texts))
+        whole = above[node] + texts[node]
+        first = draw.randrange(len(whole))
+        query = whole[first : first + draw.randrange(1, 12)].rstrip() or whole
+        expected = {
+            start
+            for end, text in enumerate(texts)
+            for at in range(len(above[end]) + len(text))
+            if (above[end] + text).startswith(query, at)
+            for start in [begin(end, at, above, parent)]
+        }
+        run = f"search(app.frame, {query!r}).map((item) => app.frame.nodeOf[item])"
+        assert browser.run(run) == sorted(expected), query
+        several += query not in texts[min(expected)]
+    assert several > 10
+
+
+def begin(node: int, at: int, above: list[str], parent: list[int]) -> int:
+    """The node on the path to `node` that character `at` is in."""
+    while len(above[node]) > at:
+        node = parent[node]
+    return node
 
 
 def test_the_keyboard_reaches_everything(opened: tuple[Browser, pt.PrefixCache]) -> None:

@@ -100,6 +100,11 @@ def test_a_collector_reads_at_each_scrape_and_not_before() -> None:
     registry = client.CollectorRegistry()
     registry.register(metrics.StatsCollector(stats, bytes_per_token=1024))
     assert not read
+    cache.forest(running, query_lens=[len(one) - one.committed or 1 for one in running])
+    read_by_attention = "prefixtree_saved_attention_bytes"
+    expected = cache.stats().saved_attention_bytes(1024)
+    assert registry.get_sample_value(read_by_attention) == expected > 0
+    read.clear()
     saved = "prefixtree_saved_bytes"
     assert registry.get_sample_value(saved) == 1024 * cache.stats().shared_tokens > 0
     for sequence in running:

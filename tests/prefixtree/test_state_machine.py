@@ -322,6 +322,13 @@ class Caching(Keeping):
         batch = [member.real for member in members]
         with self.no_change():
             check_forest(self.cache.forest(batch, kv_lens, query_lens), batch, kv_lens, query_lens)
+        read = [
+            slot
+            for sequence, kv_len in zip(batch, kv_lens, strict=True)
+            for slot in sequence.slots(0, kv_len).tolist()
+        ]
+        stats = self.cache.stats()
+        assert (stats.attended_tokens, stats.attended_logical_tokens) == (len(set(read)), len(read))
 
     @rule(batch=batches)
     def forest_of_a_batch_handle(self, batch: BatchHandle) -> None:

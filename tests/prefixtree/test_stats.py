@@ -211,6 +211,28 @@ def test_statistics_are_plain_values_on_request_and_immutable() -> None:
         stats.saved_bytes(0)
 
 
+def test_what_attention_reads_is_that_of_the_last_forest() -> None:
+    cache = pt.PrefixCache(20, 4)
+    first = cache.open([1, 2, 3, 4, 5])
+    first.commit(5)
+    second = cache.open([1, 2, 3, 9])
+    second.commit(4)
+    assert cache.stats().saved_attention_bytes(8) == 0
+    cache.forest([first, second])
+    stats = cache.stats()
+    assert (stats.attended_tokens, stats.attended_logical_tokens) == (3 + 2 + 1, 5 + 4)
+    assert stats.saved_attention_bytes(8) == 8 * 3
+    with pytest.raises(InvalidArgument, match="bytes_per_token"):
+        stats.saved_attention_bytes(0)
+    with pytest.raises(pt.InvalidLength):
+        cache.forest([first], [6])
+    assert cache.stats() == stats
+    cache.append([first], [6])
+    cache.forest([first], [6])
+    again = cache.stats().delta(stats)  # a state, no count
+    assert (again.attended_tokens, again.attended_logical_tokens) == (6, 6)
+
+
 @given(st.lists(st.integers(0, 2**22)))
 def test_histograms_count_between_bounds(values: list[int]) -> None:
     one_by_one = Observations(POWERS)

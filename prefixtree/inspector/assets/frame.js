@@ -15,7 +15,7 @@ function decodeFrame(data) {
     label: data.label, stats: data.stats, namespaces: data.namespaces, nodes, count,
     rootItem: new Int32Array(roots).fill(-1), nodeOf: new Int32Array(count).fill(-1),
     itemOf: new Int32Array(nodes),
-    blocks: given.blocks, aside: given.aside, texts: null, lower: null,
+    blocks: given.blocks, aside: given.aside, texts: null, lower: null, joint: "",
     totals: new Map(),
   };
   const ints = ["parent", "size", "depth", "namespace", "length", "pending", "start", "offset",
@@ -56,7 +56,7 @@ function decodeFrame(data) {
   frame.size.fill(1);
   for (let i = count - 1; i >= 0; i--) if (frame.parent[i] >= 0) frame.size[frame.parent[i]] += frame.size[i];
   frame.deepest = frame.depth.reduce((most, depth) => Math.max(most, depth), 0);
-  if (data.texts) frame.texts = data.texts;
+  if (data.texts) { frame.texts = data.texts; frame.joint = data.joint; }
   countBlocks(frame);
   return frame;
 }
@@ -113,14 +113,35 @@ function layout(frame, metric) {
   return result;
 }
 
-// The items whose text has the query in it, ascending. Nothing where there is no text.
+// The items in whose text the query begins, ascending; it may end in one below. Nothing where there
+// is no text.
 function search(frame, query) {
   if (!frame.texts || !query) return [];
   frame.lower ||= frame.texts.map((text) => text.toLowerCase());
-  const wanted = query.toLowerCase(), found = [];
+  const { lower, joint, itemOf, nodeOf } = frame;
+  const wanted = query.toLowerCase(), room = wanted.length - 1, kept = room + joint.length;
+  const hit = new Uint8Array(frame.count);
+  const ends = new Array(frame.nodes); // as many characters in front of what is below as matter
   for (let node = 0; node < frame.nodes; node++) {
-    if (frame.lower[node].includes(wanted)) found.push(frame.itemOf[node]);
+    const item = itemOf[node], above = nodeOf[frame.parent[item]], text = lower[node];
+    if (text.includes(wanted)) hit[item] = 1;
+    if (!room) continue;
+    const before = above < 0 ? "" : ends[above];
+    if (before) {
+      const across = before + text.slice(0, room);
+      for (let at = across.indexOf(wanted); at >= 0; at = across.indexOf(wanted, at + 1)) {
+        let from = above, back = before.length - at;
+        while (back > lower[from].length + joint.length) {
+          back -= lower[from].length + joint.length;
+          from = nodeOf[frame.parent[itemOf[from]]];
+        }
+        hit[itemOf[from]] = 1;
+      }
+    }
+    if (frame.size[item] > 1) ends[node] = (before + text.slice(-room) + joint).slice(-kept);
   }
+  const found = [];
+  for (let item = 0; item < frame.count; item++) if (hit[item]) found.push(item);
   return found;
 }
 

@@ -43,6 +43,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",  # all there is lies in the folder
         }
         module = "tests.engines.vllm.scenarios"
         done = subprocess.run(

@@ -161,6 +161,7 @@ def main(folder: str, *parts: str) -> None:
 
         for name in ("write", "run", "plan", "forest_from_block_tables"):
             count(attention, name)
+        count(attention.Plan, "advance")
     engine = Engine(folder, "tree" in parts, "speculative" in parts)
     CALLS.clear()
     model = engine.core.model_executor

@@ -27,6 +27,8 @@ from vllm.v1.request import Request
 from prefixtree.engines.vllm.block_pool import TreeBlockPool, as_words
 from prefixtree.engines.vllm.manager import plant
 
+pytestmark = pytest.mark.engines
+
 BLOCK = 4
 ADAPTERS = [None, LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")]
 

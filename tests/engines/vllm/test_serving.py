@@ -132,7 +132,7 @@ def used(ours: dict[str, Any], parts: tuple[str, ...], groups: int = 1) -> None:
     if "attention" in parts:
         # Planned or advanced once a step for each group of layers with one block table.
         assert groups * steps <= calls["plan"] + calls["advance"] < groups * steps * 1.1
-        assert calls["advance"] > calls["plan"]
+        assert calls["advance"] > groups * steps / 3
         assert calls["run"] == calls["write"] == ours["layers"] * steps
 
 

@@ -36,6 +36,14 @@ class EvictionOrder:
         """The items in eviction order. Removes nothing; do not change the order meanwhile."""
         return (item for _, item in self._order)
 
+    def copy(self) -> EvictionOrder:
+        """One that changes on its own, of the same items and clock. O(n)."""
+        other = EvictionOrder(self._policy)
+        other.clock = self.clock
+        other._key = self._key.copy()
+        other._order = self._order.copy()
+        return other
+
     def add(self, item: int, usage: Usage) -> None:
         """Raises KeyError when `item` is present.
 

@@ -318,12 +318,25 @@ class PrefixIndex(Journaled):
         """Drops what nobody holds, leaves first in the policy's order, and returns its blocks.
 
         `num_blocks` of them, fewer only when nothing is left. The last leaf loses only its end
-        where that is enough. Raises `InvalidLength` for a negative number. O(log leaves) a node.
+        where that is enough. The blocks of a node come in the order of their positions: a run of
+        neighbours stays one for who is given it next. Raises `InvalidLength` for a negative number.
+        O(log leaves) a node.
         """
         num_blocks = as_integer("num_blocks", num_blocks)
         if num_blocks < 0:
             raise InvalidLength(f"num_blocks must be >= 0, got {num_blocks}")
         return self._given_back(self._pins.evict(num_blocks, "evict"))
+
+    @guarded
+    def eviction_order(self) -> Int32s:
+        """The blocks that nobody holds, in the order in which they would go; all of them stay.
+
+        The first n of them are what `evict(n)` would return now, where each node's come in the
+        order of their positions. O(evictable blocks), and O(log leaves) a node.
+        """
+        blocks = self._tree.blocks
+        order = [blocks.get(node)[::-1] for node in self._pins.forecast()]
+        return np.concatenate(order) if order else np.empty(0, np.int32)
 
     @guarded
     def forget(

@@ -158,6 +158,24 @@ class Pins:
         self._count_evictions(self._policy.name, reason, before)
         return np.concatenate(held) if held else np.empty(0, np.int32)
 
+    def forecast(self) -> list[int]:
+        """The nodes that nobody has pinned, in the order in which `evict` would remove them all.
+
+        O(log leaves) a node.
+        """
+        nodes, gone = self._tree.nodes, []
+        self.end_retention()
+        order = self._order.copy()
+        children: dict[int, int] = {}  # that would be left
+        while order:
+            leaf = order.pop()
+            gone.append(leaf)
+            parent = nodes.parent[leaf]
+            children[parent] = left = children.get(parent, nodes.children[parent]) - 1
+            if not left and not nodes.pins[parent] and nodes.length[parent]:
+                order.add(parent, self._usage(parent))
+        return gone
+
     def drop(self, below: Int64s, reason: str) -> Int32s:
         """Removes those of these nodes that are not pinned; they come deepest first.
 

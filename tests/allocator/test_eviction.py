@@ -134,6 +134,21 @@ def test_many_at_once_are_as_many_one_by_one(
     assert list(order) == []
 
 
+def test_a_copy_and_its_original_change_apart() -> None:
+    order = EvictionOrder(make_policy("cost"))
+    for item in range(4):
+        order.add(item, used_at(item)._replace(uses=item))
+    order.pop()
+    other = order.copy()
+    assert list(other) == [1, 2, 3]
+    assert other.clock == order.clock > 0
+    order.pop()
+    other.add(7, used_at(7)._replace(uses=9))
+    assert list(order) == [2, 3]
+    assert list(other) == [1, 2, 3, 7]
+    assert other.clock < order.clock
+
+
 def test_of_many_at_once_one_that_is_there_spoils_all() -> None:
     order = EvictionOrder(LRU())
     order.add(1, used_at(5))

@@ -23,6 +23,7 @@ import prefixtree as pt
 from allocator import BlockTaken, InvalidArgument
 
 NUM_BLOCKS = 40
+EVICTIONS = ("lru", "lfu", "fifo", "cost", "priority")
 NAMESPACES = ("", "", ("b", 1))
 TOKENS = st.lists(st.integers(0, 1), max_size=9)
 
@@ -43,7 +44,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     prefixes = _Bundle("prefixes")
 
-    @initialize(size=st.sampled_from([1, 2, 4]), eviction=st.sampled_from(["lru", "lfu", "fifo"]))
+    @initialize(size=st.sampled_from([1, 2, 4]), eviction=st.sampled_from(EVICTIONS))
     def start(self, size: int, eviction: str) -> None:
         self.size = size
         self.index = pt.PrefixIndex(NUM_BLOCKS, size, eviction=eviction)
@@ -185,8 +186,11 @@ class IndexMachine(RuleBasedStateMachine):
     def evict(self, count: int) -> None:
         room = len(self.blocks) - len(self.kept())
         assert self.index.evictable_blocks == room
+        order = self.index.eviction_order().tolist()
+        assert len(order) == room
         blocks = self.index.evict(count)
         assert len(blocks) == min(count, room)
+        assert set(blocks.tolist()) == set(order[:count])
         self.drop(blocks)
 
     @rule(
@@ -410,6 +414,33 @@ def test_lengths_outside_are_refused(index: pt.PrefixIndex) -> None:
     with pytest.raises(pt.InvalidNamespace):
         index.insert([1, 2], [0], namespace=3)  # type: ignore[arg-type]
     assert index.evict(100).tolist() == [7, 8]
+
+
+def test_the_order_is_that_of_blocks_evicted_one_by_one(index: pt.PrefixIndex) -> None:
+    held = index.insert([1, 2, 5, 6, 7, 8], [0, 3, 4]).prefix
+    index.hold(held)
+    index.insert([9, 9], [1], namespace="b")
+    assert index.eviction_order().tolist() == [8, 1]
+    index.release(held)
+    above = index.match([1, 2])
+    index.hold(above)
+    assert index.eviction_order().tolist() == [8, 1, 4, 3]
+    index.release(above)
+    order = index.eviction_order().tolist()
+    assert order == [8, 1, 4, 3, 7]
+    assert [index.evict(1).tolist() for _ in order] == [[block] for block in order]
+    assert index.eviction_order().tolist() == []
+
+
+def test_the_order_knows_of_priorities_that_are_over() -> None:
+    now = [0.0]
+    index = pt.PrefixIndex(4, 1, eviction="priority", clock=lambda: now[0])
+    for token in range(3):
+        index.insert([token], [token])
+    index.retain(index.match([0]), priority=90, duration=5)
+    assert index.eviction_order().tolist() == [1, 2, 0]
+    now[0] = 6
+    assert index.eviction_order().tolist() == [0, 1, 2]
 
 
 def test_threads_may_share_it() -> None:

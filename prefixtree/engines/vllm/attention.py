@@ -7,6 +7,7 @@ with the tree's.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,15 +21,22 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 import attention
 from prefixtree.engines.errors import UnsupportedAttention
+from prefixtree.engines.steps import RESERVE, grew_by_a_token, slots_of_last
 
 _FLOAT8 = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+
+_INSTEAD = (
+    "prefixtree's attention is causal decoder attention over blocks of keys and values: start"
+    " without --attention-backend CUSTOM (on the CPU: without PREFIXTREE_ATTENTION=1)"
+)
 
 
 class TreeAttentionBackend(AttentionBackend):
@@ -58,6 +66,12 @@ class TreeAttentionBackend(AttentionBackend):
     def supports_sliding_window(cls) -> bool:
         return True
 
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Why it cannot serve a layer, and what to do; vLLM asks this when it starts."""
+        reasons: list[str] = super().validate_configuration(*args, **kwargs)
+        return [*reasons, _INSTEAD] if reasons else reasons
+
 
 @dataclass
 class TreeAttentionMetadata(AttentionMetadata):
@@ -67,14 +81,22 @@ class TreeAttentionMetadata(AttentionMetadata):
         num_queries: of all requests together, without padding.
         query_start_loc: int [S + 1], seq_lens: int [S], block_table: int [S, max_blocks], on the
             host, without requests that have no query in this step.
+        before: the step before, whose plans go on to this one where it is the decode step that
+            follows, on the same blocks.
     """
 
     num_queries: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    before: TreeAttentionMetadata | None = None
     _plans: dict[tuple[object, ...], attention.Plan] = field(default_factory=dict)
     _forests: dict[int, attention.Forest] = field(default_factory=dict)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every request has one query."""
+        return self.num_queries == len(self.seq_lens)
 
     def plan(
         self, impl: TreeAttentionImpl, query: torch.Tensor, k_cache: torch.Tensor
@@ -83,6 +105,8 @@ class TreeAttentionMetadata(AttentionMetadata):
         num_blocks, _, block_size, _ = k_cache.shape
         kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, impl.sliding_window)
         key = (*kind, query.dtype, k_cache.dtype, block_size)
+        if self.before is not None:
+            self._plans, self.before = self._advanced(self.before, block_size), None
         if key not in self._plans:
             if block_size not in self._forests:
                 self._forests[block_size] = attention.forest_from_block_tables(
@@ -99,8 +123,27 @@ class TreeAttentionMetadata(AttentionMetadata):
                 layout="HND",
                 window=impl.sliding_window,
                 num_blocks=num_blocks,
+                reserve=RESERVE if self.decodes else 0,
             )
         return self._plans[key]
+
+    def _advanced(
+        self, before: TreeAttentionMetadata, block_size: int
+    ) -> dict[tuple[object, ...], attention.Plan]:
+        """The plans of the step before, taken from it and moved on to this one."""
+        tables, lengths = self.block_table.numpy(), self.seq_lens.numpy()
+        advanced: dict[tuple[object, ...], attention.Plan] = {}
+        if not (self.decodes and before.decodes) or not grew_by_a_token(
+            tables, lengths, before.block_table.numpy(), before.seq_lens.numpy(), block_size
+        ):
+            return advanced
+        slots = slots_of_last(tables, lengths, block_size)
+        while before._plans:
+            key, plan = before._plans.popitem()
+            with suppress(attention.PlanExhausted):
+                plan.advance(slots)
+                advanced[key] = plan
+        return advanced
 
 
 class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadata]):
@@ -111,7 +154,10 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # the base class's is abstract
+        """As vLLM calls it. Raises `UnsupportedAttention` for what the backend cannot serve."""
         super().__init__(*args, **kwargs)
+        self._refuse()
+        self._step: TreeAttentionMetadata | None = None
 
     def build(
         self,
@@ -122,16 +168,44 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
         common = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedAttention(
-                f"causal is {common.causal!r}: prefixtree's backend has causal attention only"
+                f"a batch is not causal (causal is {common.causal!r}); {_INSTEAD}"
             )
         starts = common.query_start_loc_cpu[: common.num_reqs + 1]
         runs = starts.diff() > 0  # padding has none
-        return TreeAttentionMetadata(
+        before = self._step
+        if before is not None:
+            before.before = None  # it has run
+        self._step = TreeAttentionMetadata(
             num_queries=int(starts[-1]),
             query_start_loc=torch.cat([starts[:1], starts[1:][runs]]),
             seq_lens=common.seq_lens[: common.num_reqs].cpu()[runs],
             block_table=common.block_table_tensor[: common.num_reqs].cpu()[runs],
+            before=before,
         )
+        return self._step
+
+    def _refuse(self) -> None:
+        """What vLLM asks its backends itself, but not on the CPU."""
+        config, spec = self.vllm_config, self.kv_cache_spec
+        reasons = TreeAttentionBackend.validate_configuration(
+            head_size=spec.head_size,
+            dtype=config.model_config.dtype,
+            kv_cache_dtype=config.cache_config.cache_dtype,
+            block_size=spec.block_size,
+            use_mla=isinstance(spec, MLAAttentionSpec),
+            has_sink=False,
+            use_sparse=False,
+            use_mm_prefix=config.model_config.is_mm_prefix_lm,
+            use_per_head_quant_scales=False,
+            device_capability=None,
+            attn_type=AttentionType.DECODER,
+            use_non_causal=config.attention_config.use_non_causal,
+            use_pcp=config.parallel_config.prefill_context_parallel_size > 1,
+            use_dcp=config.parallel_config.decode_context_parallel_size > 1,
+            use_rswa=config.model_config.rswa_window is not None,
+        )
+        if reasons:
+            raise UnsupportedAttention("; ".join(reasons))
 
 
 class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
@@ -157,9 +231,7 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
     ) -> None:
         """As vLLM calls it. Raises `UnsupportedAttention` for encoders and cross-attention."""
         if attn_type != AttentionType.DECODER:
-            raise UnsupportedAttention(
-                f"attention type {attn_type!r}: prefixtree's backend has decoder attention only"
-            )
+            raise UnsupportedAttention(f"attention type {attn_type!r} not supported; {_INSTEAD}")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

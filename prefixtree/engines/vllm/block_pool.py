@@ -80,14 +80,10 @@ class FreeBlocks(FreeKVCacheBlockQueue):
         return iter(blocks[blocks.index(cursor) + 1 if cursor in blocks else 0 :])
 
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
-        """Those of the tree follow the others, deepest first; which goes first is the policy's."""
-        cached = [
-            block
-            for block in self._pool.blocks
-            if block.block_hash is not None and not block.ref_cnt and not block.is_null
-        ]
-        cached.sort(key=lambda block: -(block.block_hash_num_tokens or 0))
-        return super().get_all_free_blocks() + cached
+        """In the order in which they go. Those of a run that goes at once are handed out in the
+        order of the tokens they held, as attention on the CPU reads neighbours twice as fast."""
+        cached = self._pool.index.eviction_order().tolist()
+        return super().get_all_free_blocks() + [self._pool.blocks[block] for block in cached]
 
 
 class TreeBlockPool(BlockPool):

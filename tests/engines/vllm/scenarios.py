@@ -35,35 +35,54 @@ def prompt(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(5, 290), k=length)
 
 
+def make_llm(folder: str, tree: bool, speculative: bool) -> Any:
+    """A vLLM with a pool that 8 requests overflow and prefill in chunks of 64 tokens."""
+    from vllm import LLM
+
+    options: dict[str, Any] = {}
+    if tree:
+        options["scheduler_cls"] = "prefixtree.engines.vllm.scheduler.PrefixTreeScheduler"
+    if speculative:
+        options["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+        }
+    return LLM(
+        model=folder,
+        dtype="float32",
+        enforce_eager=True,
+        block_size=BLOCK,
+        max_model_len=512,
+        max_num_seqs=16,
+        max_num_batched_tokens=64,
+        enable_chunked_prefill=True,
+        num_gpu_blocks_override=28,
+        distributed_executor_backend="uni",
+        seed=0,
+        **options,
+    )
+
+
+def generate(llm: Any, prompts: list[list[int]], salt: str | None = None, **params: Any) -> Any:
+    from vllm import SamplingParams
+
+    inputs: list[Any] = [{"prompt_token_ids": tokens} for tokens in prompts]
+    if salt is not None:
+        inputs = [{**one, "cache_salt": salt} for one in inputs]
+    params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **params}
+    return llm.generate(inputs, SamplingParams(**params), use_tqdm=False)
+
+
+def tokens_of(outputs: Any) -> list[list[list[int]]]:
+    return [[list(one.token_ids) for one in output.outputs] for output in outputs]
+
+
 class Engine:
-    """An engine with a pool that 8 requests overflow and prefill in chunks of 64 tokens."""
+    """A vLLM in this process, looked into."""
 
     def __init__(self, folder: str, tree: bool, speculative: bool) -> None:
-        from vllm import LLM
-
-        options: dict[str, Any] = {}
-        if tree:
-            options["scheduler_cls"] = "prefixtree.engines.vllm.scheduler.PrefixTreeScheduler"
-        if speculative:
-            options["speculative_config"] = {
-                "method": "ngram",
-                "num_speculative_tokens": 3,
-                "prompt_lookup_max": 3,
-            }
-        self.llm = LLM(
-            model=folder,
-            dtype="float32",
-            enforce_eager=True,
-            block_size=BLOCK,
-            max_model_len=512,
-            max_num_seqs=16,
-            max_num_batched_tokens=64,
-            enable_chunked_prefill=True,
-            num_gpu_blocks_override=28,
-            distributed_executor_backend="uni",
-            seed=0,
-            **options,
-        )
+        self.llm = make_llm(folder, tree, speculative)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.preemptions = self.drafted = 0
         self.layers = self.llm.llm_engine.model_config.hf_config.num_hidden_layers
@@ -76,21 +95,11 @@ class Engine:
 
         scheduler._preempt_request = preempt
 
-    def generate(self, prompts: list[list[int]], salt: str | None = None, **params: Any) -> Any:
-        from vllm import SamplingParams
-
-        inputs: list[Any] = [{"prompt_token_ids": tokens} for tokens in prompts]
-        if salt is not None:
-            inputs = [{**one, "cache_salt": salt} for one in inputs]
-        params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **params}
-        return self.llm.generate(inputs, SamplingParams(**params), use_tqdm=False)
-
     def tokens(self, prompts: list[list[int]], **params: Any) -> list[list[list[int]]]:
-        outputs = self.generate(prompts, **params)
-        return [[list(one.token_ids) for one in output.outputs] for output in outputs]
+        return tokens_of(generate(self.llm, prompts, **params))
 
     def cached(self, tokens: list[int], salt: str | None = None) -> int:
-        (output,) = self.generate([tokens], salt=salt, max_tokens=1)
+        (output,) = generate(self.llm, [tokens], salt=salt, max_tokens=1)
         return int(output.num_cached_tokens)
 
     def random_arrivals(self, seed: int) -> dict[str, list[int]]:
@@ -161,6 +170,7 @@ def main(folder: str, *parts: str) -> None:
 
         for name in ("write", "run", "plan", "forest_from_block_tables"):
             count(attention, name)
+        count(attention.Plan, "advance")
     engine = Engine(folder, "tree" in parts, "speculative" in parts)
     CALLS.clear()
     model = engine.core.model_executor

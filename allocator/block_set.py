@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,27 +49,30 @@ class BlockSet:
         free = self._refs == 0
         return int(np.count_nonzero(free[1:] > free[:-1])) + int(free[0])
 
-    def add(self, blocks: Int32s) -> None:
-        """Holds `blocks`, int32 [n].
+    def add(self, blocks: NDArray[np.integer[Any]]) -> None:
+        """Holds `blocks`, integers [n].
 
         Raises InvalidArgument for one out of range, BlockTaken for those that are held already or
         named twice; then nothing has changed. O(n) in numpy.
         """
-        outside = (blocks < 0) | (blocks >= self.num_blocks)
-        if outside.any():
+        # Read without a sign, what is below 0 is above all blocks.
+        if np.maximum.reduce(blocks.view(f"u{blocks.itemsize}"), initial=0) >= self.num_blocks:
+            outside = (blocks < 0) | (blocks >= self.num_blocks)
             raise InvalidArgument(
                 f"block {blocks[outside][0]} is none of the engine's, expected"
                 f" 0..{self.num_blocks - 1}"
             )
-        taken = self._refs[blocks] != 0
-        if not taken.any():
-            numbers = np.arange(1, len(blocks) + 1, dtype=np.int32)
-            self._refs[blocks] = numbers  # of a block that is named twice, the last one stays
-            taken = self._refs[blocks] != numbers
-            self._refs[blocks] = 0
-        if taken.any():
-            raise BlockTaken(blocks[taken])
-        self._refs[blocks] = 1
+        places = blocks.astype(np.intp, copy=False)  # once, not at each use
+        refs = self._refs.take(places)
+        if np.count_nonzero(refs):
+            raise BlockTaken(blocks[refs != 0])
+        numbers = np.arange(1, len(blocks) + 1, dtype=np.int32)
+        self._refs[places] = numbers  # of a block that is named twice, the last one stays
+        again = self._refs.take(places) != numbers
+        if np.count_nonzero(again):
+            self._refs[places] = 0
+            raise BlockTaken(blocks[again])
+        self._refs[places] = 1
         self._held += len(blocks)
 
     def remove(self, blocks: Int32s) -> None:
@@ -75,10 +80,11 @@ class BlockSet:
 
         Raises DoubleFree for those that are not held; then nothing has changed. O(n) in numpy.
         """
-        free = self._refs[blocks] == 0
-        if free.any():
-            raise DoubleFree(blocks[free])
-        self._refs[blocks] = 0
+        places = blocks.astype(np.intp)
+        refs = self._refs.take(places)
+        if np.count_nonzero(refs) < len(refs):
+            raise DoubleFree(blocks[refs == 0])
+        self._refs[places] = 0
         self._held -= len(blocks)
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ class BlockSet:
         """InvalidArgument unless both are integers >= 1."""
         self.num_blocks = at_least(1, "num_blocks", num_blocks)
         self.block_size = at_least(1, "block_size", block_size)
-        self._refs = np.zeros(self.num_blocks, np.int32)
+        self._refs = np.zeros(self.num_blocks, np.int8)  # small: each call finds its part uncached
         self._held = 0
 
     def __len__(self) -> int:
@@ -32,8 +32,8 @@ class BlockSet:
         return self._held
 
     @property
-    def refs(self) -> Int32s:
-        """int32 [num_blocks]: 1 for a block that is held, else 0. A read-only view."""
+    def refs(self) -> NDArray[np.int8]:
+        """int8 [num_blocks]: 1 for a block that is held, else 0. A read-only view."""
         view = self._refs.view()
         view.flags.writeable = False
         return view
@@ -66,12 +66,11 @@ class BlockSet:
         refs = self._refs.take(places)
         if np.count_nonzero(refs):
             raise BlockTaken(blocks[refs != 0])
-        numbers = np.arange(1, len(blocks) + 1, dtype=np.int32)
-        self._refs[places] = numbers  # of a block that is named twice, the last one stays
-        again = self._refs.take(places) != numbers
-        if np.count_nonzero(again):
-            self._refs[places] = 0
-            raise BlockTaken(blocks[again])
+        if np.count_nonzero(places[1:] <= places[:-1]):  # else they are distinct
+            ordered = np.sort(places)
+            again = ordered[1:] == ordered[:-1]
+            if np.count_nonzero(again):
+                raise BlockTaken(ordered[1:][again])
         self._refs[places] = 1
         self._held += len(blocks)
 

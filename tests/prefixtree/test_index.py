@@ -365,10 +365,11 @@ def test_a_touch_is_a_hold_and_a_release(eviction: str, aim: list[int]) -> None:
         index.insert([1, 2, 4], [0, 1, 3])
         index.insert([5], [4])
         index.insert([6], [5])
-    touched.touch(touched.match(aim))
-    prefix = held.match(aim)
-    held.hold(prefix)
-    held.release(prefix)
+    for tokens in (aim, aim, [5], [1, 2, 4], [6], [1, 2, 3]):
+        touched.touch(touched.match(tokens))
+        prefix = held.match(tokens)
+        held.hold(prefix)
+        held.release(prefix)
     touched.check()
     for _ in range(6):
         assert touched.evict(1).tolist() == held.evict(1).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +24,7 @@ class BlockSet:
         """InvalidArgument unless both are integers >= 1."""
         self.num_blocks = at_least(1, "num_blocks", num_blocks)
         self.block_size = at_least(1, "block_size", block_size)
-        self._refs = np.zeros(self.num_blocks, np.int32)
+        self._refs = np.zeros(self.num_blocks, np.int8)  # small: each call finds its part uncached
         self._held = 0
 
     def __len__(self) -> int:
@@ -30,8 +32,8 @@ class BlockSet:
         return self._held
 
     @property
-    def refs(self) -> Int32s:
-        """int32 [num_blocks]: 1 for a block that is held, else 0. A read-only view."""
+    def refs(self) -> NDArray[np.int8]:
+        """int8 [num_blocks]: 1 for a block that is held, else 0. A read-only view."""
         view = self._refs.view()
         view.flags.writeable = False
         return view
@@ -47,27 +49,29 @@ class BlockSet:
         free = self._refs == 0
         return int(np.count_nonzero(free[1:] > free[:-1])) + int(free[0])
 
-    def add(self, blocks: Int32s) -> None:
-        """Holds `blocks`, int32 [n].
+    def add(self, blocks: NDArray[np.integer[Any]]) -> None:
+        """Holds `blocks`, integers [n].
 
         Raises InvalidArgument for one out of range, BlockTaken for those that are held already or
         named twice; then nothing has changed. O(n) in numpy.
         """
-        outside = (blocks < 0) | (blocks >= self.num_blocks)
-        if outside.any():
+        # Read without a sign, what is below 0 is above all blocks.
+        if np.maximum.reduce(blocks.view(f"u{blocks.itemsize}"), initial=0) >= self.num_blocks:
+            outside = (blocks < 0) | (blocks >= self.num_blocks)
             raise InvalidArgument(
                 f"block {blocks[outside][0]} is none of the engine's, expected"
                 f" 0..{self.num_blocks - 1}"
             )
-        taken = self._refs[blocks] != 0
-        if not taken.any():
-            numbers = np.arange(1, len(blocks) + 1, dtype=np.int32)
-            self._refs[blocks] = numbers  # of a block that is named twice, the last one stays
-            taken = self._refs[blocks] != numbers
-            self._refs[blocks] = 0
-        if taken.any():
-            raise BlockTaken(blocks[taken])
-        self._refs[blocks] = 1
+        places = blocks.astype(np.intp, copy=False)  # once, not at each use
+        refs = self._refs.take(places)
+        if np.count_nonzero(refs):
+            raise BlockTaken(blocks[refs != 0])
+        if np.count_nonzero(places[1:] <= places[:-1]):  # else they are distinct
+            ordered = np.sort(places)
+            again = ordered[1:] == ordered[:-1]
+            if np.count_nonzero(again):
+                raise BlockTaken(ordered[1:][again])
+        self._refs[places] = 1
         self._held += len(blocks)
 
     def remove(self, blocks: Int32s) -> None:
@@ -75,10 +79,11 @@ class BlockSet:
 
         Raises DoubleFree for those that are not held; then nothing has changed. O(n) in numpy.
         """
-        free = self._refs[blocks] == 0
-        if free.any():
-            raise DoubleFree(blocks[free])
-        self._refs[blocks] = 0
+        places = blocks.astype(np.intp)
+        refs = self._refs.take(places)
+        if np.count_nonzero(refs) < len(refs):
+            raise DoubleFree(blocks[refs == 0])
+        self._refs[places] = 0
         self._held -= len(blocks)
 
     def check(self) -> None:

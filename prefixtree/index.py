@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
-from typing import NamedTuple, SupportsFloat, SupportsIndex
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from allocator import BlockSet, EvictionPolicy, InvalidArgument, make_policy, uses_priority
 from allocator.errors import as_integer, at_least
@@ -201,6 +201,16 @@ class PrefixIndex(Journaled):
         prefix.holds -= 1
 
     @guarded
+    def touch(self, prefix: Prefix) -> None:
+        """Renews a prefix's place in the eviction order, as `hold` and `release` would.
+
+        A node that the prefix ends in is not split for it: it stays or goes as a whole. Raises
+        `PrefixGone`. O(depth + log leaves).
+        """
+        if prefix.length:
+            self._pins.touch(self._node_of(prefix))
+
+    @guarded
     def insert(
         self, tokens: TokensLike, blocks: ArrayLike, *, namespace: Namespace = DEFAULT
     ) -> Inserted:
@@ -217,16 +227,16 @@ class PrefixIndex(Journaled):
         wanted = wanted[: self._tree.aligned(len(wanted))]
         ids = self._as_blocks(blocks, len(wanted))
         place = self._find(wanted, namespace)
-        fresh = ids[place.matched // self.block_size :]
-        self._blocks.add(fresh)
+        fresh = self._take(ids, place)
         if not len(wanted):
             return Inserted(self._prefix(namespace, 0, place.node), 0)
         if place is NOWHERE:
             place = NOWHERE._replace(node=self._root(namespace))
         node = self._land_at(place)
-        self._pins.pin(node)
-        node = self._put(node, wanted[place.matched :], fresh)
-        self._pins.unpin(node)
+        if len(fresh):
+            node = self._pins.attach(node, wanted[place.matched :], fresh)
+        else:
+            self._pins.touch(node)
         return Inserted(self._prefix(namespace, len(wanted), node), place.matched)
 
     @guarded
@@ -246,8 +256,7 @@ class PrefixIndex(Journaled):
         wanted = wanted[: self._tree.aligned(len(wanted))]
         ids = self._as_blocks(blocks, len(wanted))
         place = self._tree.walk(wanted, prefix._node)
-        fresh = ids[place.matched // self.block_size :]
-        self._blocks.add(fresh)
+        fresh = self._take(ids, place)
         if not len(wanted):
             return 0
         added = wanted[place.matched :]
@@ -450,8 +459,8 @@ class PrefixIndex(Journaled):
         root = self._tree.root_of(namespace)
         return NOWHERE if root < 0 else self._tree.walk(wanted, root)
 
-    def _as_blocks(self, blocks: ArrayLike, tokens: int) -> Int32s:
-        """Block ids for so many tokens, as int32."""
+    def _as_blocks(self, blocks: ArrayLike, tokens: int) -> NDArray[np.integer[Any]]:
+        """Block ids for so many tokens, not in range yet."""
         ids = np.asarray(blocks)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise InvalidArgument(
@@ -462,7 +471,13 @@ class PrefixIndex(Journaled):
             raise InvalidLength(
                 f"{len(ids)} blocks for {tokens} tokens, expected {tokens // self.block_size}"
             )
-        return ids.astype(np.int32, copy=False)
+        return ids
+
+    def _take(self, ids: NDArray[np.integer[Any]], place: Place) -> Int32s:
+        """Those of the blocks that are for tokens behind the place; they are the index's now."""
+        fresh = ids[place.matched // self.block_size :]
+        self._blocks.add(fresh)
+        return fresh.astype(np.int32, copy=False)
 
     def _prefix(self, namespace: Namespace, length: int, node: int) -> Prefix:
         return Prefix(namespace, length, node, self._tree.nodes.created[node])

@@ -86,16 +86,41 @@ class Pins:
                     self._end_of_use(node)
             node = parent
 
+    def touch(self, node: int) -> None:
+        """As a sequence that pins the path to `node` and lets go at once. O(depth + log leaves)."""
+        nodes, last = self._tree.nodes, node
+        self._tick += 1
+        self.time = self._now()
+        if nodes.length[node] and not nodes.pins[node]:
+            self.reuse_gaps.add(self.time - nodes.idle_since[node])
+        while node != ROOT:
+            nodes.uses[node] += 1
+            if not nodes.pins[node]:
+                nodes.last_used[node] = self._tick
+                nodes.clock[node] = self._order.clock
+                nodes.idle_since[node] = self.time
+            node = nodes.parent[node]
+        self._enqueue_anew(last)
+
+    def attach(self, node: int, tokens: Int32s, blocks: Int32s) -> int:
+        """`RadixTree.attach` of a leaf that may go, and `touch` of the path to `node`."""
+        nodes = self._tree.nodes
+        if node in self._order:
+            self._order.discard(node)
+        leaf = self._tree.attach(node, tokens, blocks)
+        self.touch(node)
+        nodes.last_used[leaf] = self._tick
+        nodes.clock[leaf] = self._order.clock
+        nodes.made_at[leaf] = nodes.idle_since[leaf] = self.time
+        self._count(leaf, 1)
+        self._enqueue(leaf)
+        return leaf
+
     def split(self, node: int, length: int) -> tuple[int, int]:
         """`RadixTree.split` of a node that may be in the order."""
-        nodes = self._tree.nodes
-        waiting = not nodes.pins[node] and not nodes.children[node]
-        if waiting:
-            self._order.discard(node)
         upper, shared = self._tree.split(node, length)
-        self._retention.put(upper, self._retention.of(node))
-        if waiting:
-            self._enqueue(node)
+        self._retention.inherit(upper, node)
+        self._enqueue_anew(node)
         return upper, shared
 
     def mergeable(self, node: int) -> bool:

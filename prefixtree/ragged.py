@@ -79,6 +79,13 @@ class RaggedInts:
         """The first `counts[i]` entries of each list, packed; the caller keeps to the sizes."""
         return self._buffer[spans(np.asarray(self._start)[rows], counts)]
 
+    def hand_front(self, row: int, count: int, other: int) -> None:
+        """The first `count` entries become list `other`, which is empty. O(1): none is moved."""
+        self.reach(other)
+        self._start[other] = self._start[row]
+        self.size[other] = self._room[other] = count
+        self.drop_front(row, count)
+
     def drop_front(self, row: int, count: int) -> None:
         self._start[row] += count
         self._room[row] -= count
@@ -104,11 +111,7 @@ class RaggedInts:
         self._make_room(int(rooms.sum()))
         sizes = np.asarray(self.size)[rows]
         starts = self._end + np.cumsum(rooms) - rooms
-        if int(sizes.sum()) < LONG * len(rows):
-            self._buffer[spans(starts, sizes)] = self.gather(rows, sizes)
-        else:  # an index for each entry would take longer than the copies
-            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-                self._buffer[start : start + self.size[row]] = self.get(row)
+        self._copy(self._buffer, rows, sizes, starts)
         np.asarray(self._start)[rows] = starts
         np.asarray(self._room)[rows] = rooms
         self._end += int(rooms.sum())
@@ -119,16 +122,26 @@ class RaggedInts:
         held = np.asarray(self._room)
         rows = np.flatnonzero(held)
         rooms, sizes = held[rows], np.asarray(self.size)[rows]
-        values = self.gather(rows, sizes)
         starts = np.cumsum(rooms) - rooms
         self._end = int(rooms.sum())
         # Looking through all rows must not be needed more often than as many entries came.
         size = max(LEAST, len(held), 2 * (self._end + count))
         # Memory in use already is faster than new memory, unless it is far too much.
-        if not len(self._buffer) // 8 <= size <= len(self._buffer):
-            self._buffer = np.empty(size, np.int32)
-        self._buffer[spans(starts, sizes)] = values
+        if len(self._buffer) // 8 <= size <= len(self._buffer):
+            self._buffer[spans(starts, sizes)] = self.gather(rows, sizes)
+        else:
+            buffer = np.empty(size, np.int32)
+            self._copy(buffer, rows, sizes, starts)
+            self._buffer = buffer
         np.asarray(self._start)[rows] = starts
+
+    def _copy(self, buffer: Int32s, rows: Int64s, sizes: Int64s, starts: Int64s) -> None:
+        """Copies the lists to these places of a buffer, none of which a list is read from."""
+        if int(sizes.sum()) < LONG * len(rows):
+            buffer[spans(starts, sizes)] = self.gather(rows, sizes)
+        else:  # an index for each entry would take longer than the copies
+            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
+                buffer[start : start + self.size[row]] = self.get(row)
 
     def _add_rows(self, count: int) -> None:
         rows = len(self.size)

@@ -48,6 +48,11 @@ class Retention:
             self._deadline[node] = retained.deadline
             self._ends.add((retained.deadline, node))
 
+    def inherit(self, node: int, other: int) -> None:
+        """Gives a new node what another one has."""
+        if other in self._priority:
+            self.put(node, self.of(other))
+
     def forget(self, node: int) -> None:
         """The node is gone, or of the default priority again."""
         self._priority.pop(node, None)

@@ -400,7 +400,11 @@ class RadixTree:
         self.tokens[upper] = edge[: 4 * length]
 
         whole, rest = divmod(nodes.offset[node] + length, self.block_size)
-        self.blocks.set(upper, self.blocks.get(node)[: whole + (rest > 0)])
+        if rest:
+            self.blocks.set(upper, self.blocks.get(node)[: whole + 1])
+            self.blocks.drop_front(node, whole)
+        else:
+            self.blocks.hand_front(node, whole, upper)
         nodes.parent[node] = upper
         self._advance(node, length)
         nodes.length[node] -= length
@@ -457,6 +461,7 @@ class RadixTree:
         """Drops the first `count` tokens of an unlinked tail; returns the blocks to let go."""
         dropped = (self.nodes.offset[tail] + count) // self.block_size
         gone = self.blocks.get(tail)[:dropped].copy()
+        self.blocks.drop_front(tail, dropped)
         self._advance(tail, count)
         self.nodes.length[tail] -= count
         return np.concatenate([gone, self.trim(tail)])
@@ -523,12 +528,11 @@ class RadixTree:
         return gone
 
     def _advance(self, node: int, count: int) -> None:
-        """Moves the node's first token `count` further, in all but its length and parent."""
+        """Moves the node's first token `count` further, in all but its length, parent, blocks."""
         nodes = self.nodes
         whole, nodes.offset[node] = divmod(nodes.offset[node] + count, self.block_size)
         nodes.start[node] += count
         nodes.shares_first[node] = 0 if whole else nodes.shares_first[node]
-        self.blocks.drop_front(node, whole)
         self.tokens[node] = self.tokens[node][4 * count :]
         if nodes.writer[node]:
             nodes.written[node] -= count
@@ -536,7 +540,8 @@ class RadixTree:
 
     def _forget(self, node: int) -> None:
         self.blocks.clear(node)
-        self.tail_tokens.clear(node)
+        if self.nodes.writer[node]:
+            self.tail_tokens.clear(node)
         self.tokens[node] = b""
         self.nodes.writer[node] = 0  # handles and batches see from it that a sequence has ended
         self.nodes.length[node] = 0

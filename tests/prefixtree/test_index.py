@@ -153,6 +153,18 @@ class IndexMachine(RuleBasedStateMachine):
             self.held.append(one)
 
     @rule(one=prefixes)
+    def touch(self, one: Held) -> None:
+        alive = [self.birth.get(path) for path in self.paths(one.namespace, one.tokens)]
+        nodes = self.index.stats().nodes
+        try:
+            self.index.touch(one.prefix)
+        except pt.PrefixGone:
+            assert self.drops > one.moment
+        else:
+            assert alive == one.births
+        assert self.index.stats().nodes == nodes
+
+    @rule(one=prefixes)
     def release(self, one: Held) -> None:
         if one.prefix.holds:
             self.index.release(one.prefix)
@@ -348,6 +360,34 @@ def test_priorities_decide_who_goes_first() -> None:
         pt.PrefixIndex(4).retain(pt.PrefixIndex(4).match([]), priority=1)
 
 
+@pytest.mark.parametrize("eviction", ["lru", "mru", "fifo", "lfu", "slru", "cost"])
+@pytest.mark.parametrize("aim", [[1, 2, 3], [1, 2, 4], [1, 2], [5], [9]])
+def test_a_touch_is_a_hold_and_a_release(eviction: str, aim: list[int]) -> None:
+    touched, held = (pt.PrefixIndex(8, 1, eviction=eviction) for _ in range(2))
+    for index in (touched, held):
+        index.insert([1, 2, 3], [0, 1, 2])
+        index.insert([1, 2, 4], [0, 1, 3])
+        index.insert([5], [4])
+        index.insert([6], [5])
+    for tokens in (aim, aim, [5], [1, 2, 4], [6], [1, 2, 3]):
+        touched.touch(touched.match(tokens))
+        prefix = held.match(tokens)
+        held.hold(prefix)
+        held.release(prefix)
+    touched.check()
+    for _ in range(6):
+        assert touched.evict(1).tolist() == held.evict(1).tolist()
+
+
+def test_a_touch_in_a_node_renews_all_of_it() -> None:
+    index = pt.PrefixIndex(8, 1)
+    index.insert([1, 2, 3], [0, 1, 2])
+    index.insert([4], [3])
+    index.touch(index.match([1]))
+    assert index.stats().nodes == 2
+    assert [index.evict(1).tolist() for _ in range(4)] == [[3], [2], [1], [0]]
+
+
 def test_a_prefix_is_promoted_where_it_was_worth_less() -> None:
     index = pt.PrefixIndex(8, 1, eviction="priority")
     index.retain(index.insert([1, 2], [0, 1]).prefix, priority=80)
@@ -382,6 +422,7 @@ def test_requests_are_counted_when_they_are_held(index: pt.PrefixIndex) -> None:
         ([1, 2], [], pt.InvalidLength, "0 blocks for 2 tokens, expected 1"),
         ([1, 2, 5, 6], [7, 16], InvalidArgument, "block 16"),
         ([1, 2, 5, 6], [7, -1], InvalidArgument, "block -1"),
+        ([1, 2, 5, 6], [7, 2**32 + 3], InvalidArgument, "block 4294967299"),
         ([1, 2, 5, 6], [7, 8], BlockTaken, "8"),
         ([5, 6, 7, 8], [3, 3], BlockTaken, "3"),
         ([5, 6], [0.0], InvalidArgument, "float64"),

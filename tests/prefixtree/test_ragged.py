@@ -22,6 +22,7 @@ changes = st.lists(
         st.tuples(st.just("extend"), st.lists(rows, min_size=1, unique=True), sizes),
         st.tuples(st.just("drop_front"), rows, sizes),
         st.tuples(st.just("truncate"), rows, sizes),
+        st.tuples(st.just("hand_front"), rows, sizes),
         st.tuples(st.just("clear"), rows, sizes),
     ),
     max_size=40,
@@ -59,6 +60,11 @@ def test_lists_keep_what_was_put_in(changes: list[tuple[str, int | list[int], in
             count = min(size, len(model[which]))
             real.drop_front(which, count)
             del model[which][:count]
+        elif change == "hand_front":
+            count, other = min(size, len(model[which])), (which + 1) % ROWS
+            real.clear(other)
+            real.hand_front(which, count, other)
+            model[other], model[which] = model[which][:count], model[which][count:]
         elif change == "truncate":
             del model[which][size:]
             real.truncate(which, len(model[which]))

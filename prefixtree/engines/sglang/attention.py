@@ -12,6 +12,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 import attention
@@ -20,6 +21,12 @@ from prefixtree.engines.errors import UnsupportedAttention
 
 # Decode steps for which one plan reserves room before it is made anew.
 _RESERVE = 64
+
+# Plans are made on the host, between launches.
+_EAGER = (
+    "--attention-backend prefixtree runs without CUDA graphs: start the server with "
+    "--disable-cuda-graph"
+)
 
 _MODES = (ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.MIXED)
 
@@ -97,7 +104,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
         """Raises `UnsupportedAttention` for what would be wrong or crash later.
 
         That is: latent attention (MLA), pools in another layout than [slots, heads, head_dim] or
-        4-bit, speculative decoding and decode context parallelism.
+        4-bit, speculative decoding, decode context parallelism, and CUDA graphs on a GPU.
         """
         super().__init__()
         self.device = torch.device(runner.device)
@@ -132,11 +139,8 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
         self._step = step
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Raises `UnsupportedAttention`: plans are made on the host, between launches."""
-        raise UnsupportedAttention(
-            "--attention-backend prefixtree runs eagerly: start the server with "
-            "--disable-cuda-graph"
-        )
+        """Raises `UnsupportedAttention`: the graphs were switched on after the start."""
+        raise UnsupportedAttention(_EAGER)
 
     def forward_decode(
         self,
@@ -309,6 +313,8 @@ def _refuse_runner(runner: Any) -> None:
             "the model uses latent attention (MLA), which --attention-backend prefixtree does not "
             "take; --radix-cache-backend prefixtree does"
         )
+    if torch.device(runner.device).type != "cpu" and not cuda_graph_fully_disabled():
+        raise UnsupportedAttention(_EAGER)
     pool = runner.token_to_kv_pool
     for part in (pool.full_kv_pool, pool.swa_kv_pool) if isinstance(pool, SWAKVPool) else (pool,):
         if not isinstance(part, MHATokenToKVPool):

@@ -227,19 +227,21 @@ class PrefixTreeCache(BasePrefixCache):  # type: ignore[misc]
 
     def _touched(self, key: Any) -> Prefix:
         prefix = self.index.match(_tokens(key.token_ids, 0, len(key)), namespace=_namespace(key))
-        if prefix.length:
-            self.index.hold(prefix)
-            self.index.release(prefix)
+        self.index.touch(prefix)
         return prefix
 
     def _blocks(self, slots: torch.Tensor) -> NDArray[Any]:
         """Of slots of whole pages in order, the pages."""
-        pages: NDArray[Any] = (slots[:: self.page_size] // self.page_size).cpu().numpy()
-        return pages
+        size = self.page_size
+        if size == 1:
+            return slots.cpu().numpy()
+        firsts: NDArray[Any] = slots[::size].cpu().numpy()
+        return firsts // size
 
     def _slots(self, blocks: Int32s) -> torch.Tensor:
-        first = blocks.astype(np.int64) * self.page_size
-        slots = (first[:, None] + np.arange(self.page_size)).reshape(-1)
+        slots = blocks.astype(np.int64)
+        if self.page_size > 1:
+            slots = (slots[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)
         return torch.from_numpy(slots).to(self.device)
 
     def _announce(self, key: Any, tokens: NDArray[Any], prefix: Prefix, known: int) -> None:

@@ -29,12 +29,13 @@ prefixtree_test_watch = tests.engines.sglang.watch:register
 """
 
 
-def main(spec: dict[str, Any]) -> None:
+def start(spec: dict[str, Any]) -> Any:
+    """The engine of a SPEC."""
     folder = Path(spec["folder"])
     _prepare(folder)
     from sglang.srt.entrypoints.engine import Engine
 
-    engine = Engine(
+    return Engine(
         model_path=str(save_tiny_model(spec["kind"], folder / "model")),
         device="cpu",
         dtype="float32",
@@ -48,18 +49,22 @@ def main(spec: dict[str, Any]) -> None:
         log_level="error",
         **spec["options"],
     )
+
+
+def main(spec: dict[str, Any]) -> None:
+    engine = start(spec)
     results: dict[str, Any] = {}
     for scenario in (shared, several, long, crowded, coming_and_going, namespaces, flushed):
         results[scenario.__name__] = scenario(engine)
     results["calls"] = watch.read(os.environ[watch.FILE])
-    (folder / "results.json").write_text(json.dumps(results))
+    Path(spec["folder"], "results.json").write_text(json.dumps(results))
     engine.shutdown()
 
 
 def _prepare(folder: Path) -> None:
     """The entry points, as if a package with them were installed, and the file of the counts."""
     info = folder / "prefixtree_test-0.dist-info"
-    info.mkdir()
+    info.mkdir(exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: prefixtree-test\nVersion: 0\n")
     (info / "entry_points.txt").write_text(_ENTRY_POINTS)
     counts = folder / "counts"
@@ -105,7 +110,7 @@ def crowded(engine: Any) -> Any:
         text for seed in range(4) for text in prompts(40 + seed, 7, shared_tokens=20, own_tokens=15)
     ]
     # For requests that would ignore the end of text, SGLang reserves all they may need.
-    params = _greedy(90) | {"ignore_eos": False}
+    params = greedy(90) | {"ignore_eos": False}
     return [_result(answer) for answer in engine.generate(input_ids=texts, sampling_params=params)]
 
 
@@ -120,7 +125,7 @@ def coming_and_going(engine: Any) -> Any:
         await asyncio.sleep(arrival[index])
         name = f"coming-{index}"
         task = asyncio.ensure_future(
-            engine.async_generate(input_ids=texts[index], sampling_params=_greedy(40), rid=name)
+            engine.async_generate(input_ids=texts[index], sampling_params=greedy(40), rid=name)
         )
         if aborted_after[index] < np.inf:
             await asyncio.sleep(aborted_after[index])
@@ -141,7 +146,7 @@ def namespaces(engine: Any) -> Any:
     results = []
     for _ in range(2):
         for keys in ({"extra_key": "a"}, {"extra_key": "b"}, {"extra_key": "a", "cache_salt": "s"}):
-            request = GenerateReqInput(input_ids=text, sampling_params=_greedy(8), **keys)
+            request = GenerateReqInput(input_ids=text, sampling_params=greedy(8), **keys)
             answer = engine.tokenizer_manager.generate_request(request, None)
             results.append(_result(engine.loop.run_until_complete(answer.__anext__())))
     return results
@@ -156,12 +161,12 @@ def flushed(engine: Any) -> Any:
     return {"success": success, "before": before, "after": _generate(engine, [text], 4)}
 
 
-def _greedy(length: int, n: int = 1) -> dict[str, Any]:
+def greedy(length: int, n: int = 1) -> dict[str, Any]:
     return {"temperature": 0, "max_new_tokens": length, "ignore_eos": True, "n": n}
 
 
 def _generate(engine: Any, texts: list[list[int]], length: int, n: int = 1) -> list[Any]:
-    answers = engine.generate(input_ids=texts, sampling_params=_greedy(length, n))
+    answers = engine.generate(input_ids=texts, sampling_params=greedy(length, n))
     return [_result(answer) for answer in answers]
 
 

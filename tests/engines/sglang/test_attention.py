@@ -18,7 +18,10 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from prefixtree.engines.errors import UnsupportedAttention
+from prefixtree.engines.sglang import attention as ours
 from prefixtree.engines.sglang.attention import PrefixTreeAttention
+
+pytestmark = pytest.mark.engines
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 192
 
@@ -214,6 +217,15 @@ def test_latent_attention_and_speculation_are_refused() -> None:
         PrefixTreeAttention(runner)
 
 
-def test_cuda_graphs_are_refused_with_what_to_do() -> None:
+def test_cuda_graphs_are_refused_when_the_server_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Case().runner
+    runner.device = "cuda"
+    with pytest.raises(UnsupportedAttention, match="--disable-cuda-graph"):
+        PrefixTreeAttention(runner)
+    monkeypatch.setattr(ours, "cuda_graph_fully_disabled", lambda: True)
+    PrefixTreeAttention(runner)
+
+
+def test_cuda_graphs_that_are_switched_on_later_are_refused() -> None:
     with pytest.raises(UnsupportedAttention, match="--disable-cuda-graph"):
         Case().backend.init_cuda_graph_state(8, 8)

@@ -23,6 +23,8 @@ from prefixtree.engines.errors import UnsupportedCache
 from prefixtree.engines.sglang import plugin
 from prefixtree.engines.sglang.cache import PrefixTreeCache
 
+pytestmark = pytest.mark.engines
+
 SIZE = 4096
 KEYS = [(None, None), ("adapter", None), (None, "tenant"), ("adapter", "tenant")]
 
@@ -312,6 +314,22 @@ def test_servers_that_want_more_are_refused_by_name(changes: dict[str, Any], nam
     assert isinstance(plugin.make_cache(context()), PrefixTreeCache)
     with pytest.raises(UnsupportedCache, match=named):
         plugin.make_cache(context(**changes))
+
+
+def test_pages_shared_out_over_ranks_are_refused() -> None:
+    server = context()
+    server.params.page_size = 4
+    with pytest.raises(UnsupportedCache, match="ranks"):
+        plugin.make_cache(server)
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
+    server = context()
+    server.params.eviction_policy = "tlru"
+    with pytest.raises(
+        UnsupportedCache, match="'tlru', expected one of cost, fifo, filo, lfu, lru"
+    ):
+        plugin.make_cache(server)
 
 
 @pytest.mark.parametrize(

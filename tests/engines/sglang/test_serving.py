@@ -7,8 +7,10 @@ minute each on two cores: `python -m pytest tests/engines/sglang`.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -18,9 +20,12 @@ from typing import Any
 
 import pytest
 
-from tests.engines.sglang import scenarios, watch
+from tests.engines.sglang import endless, scenarios, watch
 
-pytestmark = pytest.mark.skipif(find_spec("sglang") is None, reason="needs SGLang")
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(find_spec("sglang") is None, reason="needs SGLang"),
+]
 
 STOCK = {"attention_backend": "torch_native"}
 CACHE = {**STOCK, "radix_cache_backend": "prefixtree"}
@@ -115,3 +120,44 @@ def test_same_tokens_and_our_code_made_them(kind: str, options: dict[str, Any]) 
     if "radix_cache_backend" in options:
         assert calls["inc_lock_ref"] == calls["dec_lock_ref"]
         assert calls["evicted_tokens"] > scenarios.POOL
+
+
+def test_an_engine_that_was_killed_starts_again(tmp_path: Path) -> None:
+    """What is of one process only, or of none, is all that our code has."""
+    spec = {"kind": "qwen3", "options": BOTH, "folder": str(tmp_path)}
+    first, second = (generated_until_killed(spec) for _ in range(2))
+    common = min(len(first), len(second))
+    assert first[:common] == second[:common]
+
+
+def generated_until_killed(spec: dict[str, Any]) -> list[int]:
+    """Start an engine and kill all of its processes while it generates; what it had by then."""
+    import psutil
+
+    tokens = Path(spec["folder"], "tokens.json")
+    tokens.unlink(missing_ok=True)
+    with subprocess.Popen([sys.executable, "-m", endless.__name__, json.dumps(spec)]) as engine:
+        try:
+            while not tokens.exists() or len(json.loads(tokens.read_text())) < 20:
+                assert engine.poll() is None, "the engine ended"
+                time.sleep(0.1)
+        finally:
+            process = psutil.Process(engine.pid)
+            processes = [process, *process.children(recursive=True)]
+            for process in processes:
+                process.kill()
+        assert engine.wait() == -signal.SIGKILL
+    assert len(processes) > 1
+    while any(map(_runs, processes[1:])):
+        time.sleep(0.1)
+    return json.loads(tokens.read_text())
+
+
+def _runs(process: Any) -> bool:
+    import psutil
+
+    try:
+        # Where nobody asks how it ended, a process stays as a zombie.
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

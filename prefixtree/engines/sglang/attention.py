@@ -18,9 +18,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 import attention
 from attention.problem import FLOAT8_DTYPES
 from prefixtree.engines.errors import UnsupportedAttention
-
-# Decode steps for which one plan reserves room before it is made anew.
-_RESERVE = 64
+from prefixtree.engines.steps import RESERVE
 
 # Plans are made on the host, between launches.
 _EAGER = (
@@ -49,7 +47,6 @@ class _Step:
     """One forward pass: who takes part, and the forests and plans made for it so far.
 
     Attributes:
-        rids: names of the batch's requests, in order; None if the engine does not say.
         seq_lens: int64 [S], tokens of each, its queries among them.
         query_lens, num_pages: int64 [S].
         pages: int32 tensor [S, pages] on the device, the first slot of each page of a sequence in
@@ -58,7 +55,6 @@ class _Step:
         plans: what its layers attend with.
     """
 
-    rids: list[str] | None
     seq_lens: NDArray[np.int64]
     query_lens: NDArray[np.int64]
     num_pages: NDArray[np.int64]
@@ -68,15 +64,13 @@ class _Step:
     plans: dict[_Shape, attention.Plan] = field(default_factory=dict)
 
     def follows(self, before: _Step | None) -> bool:
-        """Whether this is the decode step after `before`, of the same requests on the same pages.
+        """Whether this is the decode step after `before`, of sequences on the same pages.
 
-        Their pages change when SGLang finds, a step after it, that a prompt was in its tree.
+        Pages change when SGLang finds, a decode step late, that a prompt was in its tree.
         """
         if (
             before is None
             or not (before.is_decode and self.is_decode)
-            or self.rids is None
-            or self.rids != before.rids
             or not np.array_equal(self.seq_lens, before.seq_lens + 1)
         ):
             return False
@@ -234,7 +228,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
                 seq_lens, query_lens = seq_lens[takes_part], query_lens[takes_part]
         pages = self.req_to_token[rows, : int(seq_lens.max()) : self.page_size]
         num_pages = -(-seq_lens // self.page_size)
-        return _Step(batch.rids, seq_lens, query_lens, num_pages, pages, is_decode)
+        return _Step(seq_lens, query_lens, num_pages, pages, is_decode)
 
     def _plan(
         self, step: _Step, layer: Any, dtype: torch.dtype, kv_dtype: torch.dtype
@@ -242,7 +236,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
         # SGLang counts the tokens before the query, we count the query too.
         window = layer.sliding_window_size
         window = None if window is None or window < 0 else window + 1
-        if window is not None and window >= int(step.seq_lens.max()) + _RESERVE:
+        if window is not None and window >= int(step.seq_lens.max()) + RESERVE:
             window = None  # nobody is that long, until the plan is made anew
         shape = _Shape(
             layer.tp_q_head_num,
@@ -266,7 +260,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
                 kv_dtype=kv_dtype,
                 device=self.device,
                 window=window,
-                reserve=_RESERVE if step.is_decode else 0,
+                reserve=RESERVE if step.is_decode else 0,
             )
         return plan
 

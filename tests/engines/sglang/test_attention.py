@@ -90,7 +90,6 @@ class Case:
             req_pool_indices=torch.arange(1, len(seq_lens) + 1),
             out_cache_loc=torch.cat(slots).long(),
             out_cache_loc_is_physical=False,
-            rids=[f"request-{row}" for row in range(len(seq_lens))],
         )
         q = torch.randn(total, HEADS * DIM)
         k, v = torch.randn(2, total, KV_HEADS, DIM)
@@ -183,7 +182,6 @@ def test_other_requests_of_the_same_lengths_get_a_plan_of_their_own() -> None:
     case = Case()
     close(case.forward([20, 20], None))
     case.rows[1:3] = case.rows[1:3].flip(0)
-    case.backend._step.rids.reverse()
     close(case.forward([21, 21], None))
 
 

@@ -23,10 +23,11 @@ def test_entry_points_name_functions() -> None:
             assert callable(getattr(import_module(module), name))
 
 
-def test_sglangs_plugin_is_light() -> None:
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_plugins_are_light(engine: str) -> None:
     code = (
-        "import sys, prefixtree.engines.sglang.plugin\n"
-        "assert not {'torch', 'sglang', 'attention'} & set(sys.modules)"
+        f"import sys, prefixtree.engines.{engine}.plugin\n"
+        f"assert not {{'torch', '{engine}', 'attention'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

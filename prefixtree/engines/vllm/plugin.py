@@ -7,8 +7,6 @@ import warnings
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
 from prefixtree.engines.versions import warn_if_untested
 from prefixtree.engines.vllm import TESTED
 
@@ -19,8 +17,11 @@ def register() -> None:
     """Makes the tree's attention known as CUSTOM; vLLM may call it in every process, and twice.
 
     vLLM's CPU platform takes no backend but its own, CPU_ATTN, whatever is asked for. There,
-    PREFIXTREE_ATTENTION=1 in the environment puts the tree's in its place.
+    PREFIXTREE_ATTENTION=1 in the environment puts the tree's in its place. Imports vLLM's registry
+    only: nothing of ours but this module until a server wants it.
     """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
     check_version()
     taken = AttentionBackendEnum.CUSTOM.is_overridden()
     if not taken or AttentionBackendEnum.CUSTOM.get_path() == BACKEND:

@@ -62,8 +62,8 @@ class ZmqPublisher:
     """Sends the events of a cache; a process of its own does the hashing and the sending.
 
     So the cache's process spends on it little more than a copy of what changed. The other process
-    takes a few tenths of a second to start, about 40 MB, and 100 bytes for each cached block of 16
-    tokens; it ends with `close`, and when the process that started it ends, however that happens.
+    keeps about 100 bytes for each cached block of 16 tokens; it ends with `close`, and when the
+    process that started it ends, however that happens.
 
     A consumer that reads too slowly loses batches, sees it by the sequence numbers and asks for
     them. Nothing here ever waits for a consumer.

@@ -20,9 +20,9 @@ from allocator import (
     make_policy,
     uses_priority,
 )
-from allocator.errors import as_integer, at_least
+from allocator.errors import as_integer
 from prefixtree.batch import Batch
-from prefixtree.check import State, TokenSums, check, check_sample
+from prefixtree.check import State, TokenSums
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.errors import (
     InvalidBatch,
@@ -36,11 +36,12 @@ from prefixtree.errors import (
     SequenceClosed,
     SlotRange,
 )
-from prefixtree.evictions import Evicted, Eviction
+from prefixtree.evictions import Evicted
 from prefixtree.explain import Explanation, explain
 from prefixtree.forest import Forest, build_forest
 from prefixtree.guard import guarded
 from prefixtree.histogram import TOKENS, Observations
+from prefixtree.inspected import Inspected
 from prefixtree.journaled import Journaled
 from prefixtree.pins import Pins
 from prefixtree.retention import Retention
@@ -49,7 +50,6 @@ from prefixtree.stats import Counters, Stats
 from prefixtree.tails import Tails
 from prefixtree.tokens import TokensLike, agreement, as_prompt, as_tokens
 from prefixtree.tree import DEFAULT, NOWHERE, Namespace, Place, RadixTree, as_namespace
-from prefixtree.view import TreeView
 
 if TYPE_CHECKING:
     from allocator import KVStorage
@@ -92,7 +92,7 @@ class Pin:
         self._cache._unpin(self)
 
 
-class PrefixCache(Journaled):
+class PrefixCache(Inspected, Journaled):
     """Shared prefixes of token sequences, mapped to blocks of KV.
 
     The cache hands out slots and keeps track; the KV itself is written and read by the engine that
@@ -399,11 +399,6 @@ class PrefixCache(Journaled):
         return self._evict(self.num_blocks + 1, "clear")
 
     @guarded
-    def evictions(self) -> list[Eviction]:
-        """The latest evictions, whatever call they made room for; the last one first."""
-        return list(self._pins.log)
-
-    @guarded
     def explain(self, tokens: TokensLike, *, namespace: Namespace = DEFAULT) -> Explanation:
         """What of `tokens` is cached, where the match stops and why.
 
@@ -452,20 +447,6 @@ class PrefixCache(Journaled):
             block_lifetimes=pins.lifetimes.histogram(),
             **vars(self._counters),
         )
-
-    @guarded
-    def check(self, sample: int | None = None) -> None:
-        """Raises `BrokenInvariant` that names what is wrong.
-
-        Recounts everything, O(nodes + blocks). With `sample`, about so many random nodes and the
-        paths to them are checked as far as can be seen from there, O(sample * depth) and a scan of
-        the reference counts: for a running engine, again and again. A sample of all nodes recounts
-        everything. Raises `InvalidArgument` unless it is an integer >= 1.
-        """
-        if sample is None:
-            check(self._state())
-        else:
-            check_sample(self._state(), at_least(1, "sample", sample), np.random.default_rng())
 
     @guarded
     def save(self, path: str | os.PathLike[str], storage: KVStorage | None = None) -> None:
@@ -517,14 +498,6 @@ class PrefixCache(Journaled):
         if storage is not None:
             fill_storage(snapshot, storage)
         return cache
-
-    @guarded
-    def tree(self) -> TreeView:
-        """The tree as it is now, to print and to walk. O(nodes log nodes + tokens)."""
-        return TreeView.of(self._state(), self.stats())
-
-    def _repr_html_(self) -> str:
-        return self.tree()._repr_html_()
 
     def _state(self) -> State:
         aside = np.concatenate([self._reserved, self._tails.retired])

@@ -18,20 +18,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from allocator import BlockSet, EvictionPolicy, InvalidArgument, make_policy, uses_priority
 from allocator.errors import as_integer, at_least
-from prefixtree.check import State, TokenSums, check, check_sample
+from prefixtree.check import State, TokenSums
 from prefixtree.columns import Int32s
 from prefixtree.errors import InvalidLength, NotHeld, PrefixGone, PriorityUnused
-from prefixtree.evictions import Eviction
 from prefixtree.explain import Explanation, explain
 from prefixtree.guard import guarded
 from prefixtree.histogram import TOKENS, Observations
+from prefixtree.inspected import Inspected
 from prefixtree.journaled import Journaled
 from prefixtree.pins import Pins
 from prefixtree.retention import Retention
 from prefixtree.stats import Counters, Stats
 from prefixtree.tokens import TokensLike, as_prompt, as_tokens
 from prefixtree.tree import DEFAULT, NOWHERE, Namespace, Place, RadixTree, as_namespace
-from prefixtree.view import TreeView
 
 _LONGEST = 4096  # tokens of a node that grows in place, since growing copies them
 
@@ -79,7 +78,7 @@ class Dropped(NamedTuple):
     """That should have gone but are held."""
 
 
-class PrefixIndex(Journaled):
+class PrefixIndex(Inspected, Journaled):
     """Shared prefixes, mapped to whole blocks that the engine owns and names.
 
     Matches, splits and inserts are whole blocks of `block_size` tokens, which may be 1. A block is
@@ -376,11 +375,6 @@ class PrefixIndex(Journaled):
         return Dropped(blocks, before - left, left)
 
     @guarded
-    def evictions(self) -> list[Eviction]:
-        """The latest evictions; the last one first."""
-        return list(self._pins.log)
-
-    @guarded
     def explain(self, tokens: TokensLike, *, namespace: Namespace = DEFAULT) -> Explanation:
         """What of `tokens` is here, where the match stops and why, see `PrefixCache.explain`."""
         wanted = as_prompt(tokens)
@@ -425,22 +419,6 @@ class PrefixIndex(Journaled):
             block_lifetimes=pins.lifetimes.histogram(),
             **vars(self._counters),
         )
-
-    @guarded
-    def check(self, sample: int | None = None) -> None:
-        """Raises `BrokenInvariant` that names what is wrong, see `PrefixCache.check`."""
-        if sample is None:
-            check(self._state())
-        else:
-            check_sample(self._state(), at_least(1, "sample", sample), np.random.default_rng())
-
-    @guarded
-    def tree(self) -> TreeView:
-        """The tree as it is now, to print and to walk. O(nodes log nodes + tokens)."""
-        return TreeView.of(self._state(), self.stats())
-
-    def _repr_html_(self) -> str:
-        return self.tree()._repr_html_()
 
     def _check_priorities(self) -> None:
         if not uses_priority(self._policy):

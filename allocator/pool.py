@@ -71,7 +71,9 @@ class BlockPool:
                 raise ForeignBlock([after])
         if count > self._free.total:
             raise OutOfBlocks(count, self._free.total)
-        runs = [self._ids[:0]]
+        if not count:
+            return self._ids[:0].copy()
+        runs = []
         for start, taken in self._take(count, after):
             runs.append(self._ids[start : start + taken])
             self._refs[start : start + taken] = 1
@@ -83,11 +85,11 @@ class BlockPool:
         Raises ForeignBlock naming those that are out of range or free, InvalidArgument for an
         array of another kind; then nothing has changed. O(n log n) in numpy.
         """
-        ids, times = self._tally(blocks)
-        refs: Int32s = self._refs.take(ids)
+        ids, times, where = self._tally(blocks)
+        refs = self._refs[where]
         if np.count_nonzero(refs) < ids.size:
             raise ForeignBlock(ids[refs == 0])
-        self._refs[ids] = refs + times
+        self._refs[where] = refs + times
 
     def release(self, blocks: ArrayLike) -> Int32s:
         """Takes a reference from each of `blocks`, an integer array [n]; duplicates count.
@@ -99,11 +101,11 @@ class BlockPool:
         than they are referenced, InvalidArgument for an array of another kind; then nothing has
         changed.
         """
-        ids, times = self._tally(blocks)
-        left: Int32s = self._refs.take(ids) - times
+        ids, times, where = self._tally(blocks)
+        left: Int32s = self._refs[where] - times
         if left.size and np.minimum.reduce(left) < 0:
             raise DoubleFree(ids[left < 0])
-        self._refs[ids] = left
+        self._refs[where] = left
         freed = ids[left == 0] if np.count_nonzero(left) else ids
         for start, length in _runs(freed):
             self._free.add(start, length)
@@ -141,8 +143,10 @@ class BlockPool:
             count -= taken
         return pieces
 
-    def _tally(self, blocks: ArrayLike) -> tuple[Int32s, Int32s | int]:
-        """The distinct ids, ascending, and how often each occurs (one number if equal for all)."""
+    def _tally(self, blocks: ArrayLike) -> tuple[Int32s, Int32s | int, slice | Int32s]:
+        """The distinct ids, ascending; how often each occurs (one number if equal for all); and
+        the index of their counts, a slice for a run: what is read and written as one piece.
+        """
         ids = np.asarray(blocks)
         if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
             raise InvalidArgument(
@@ -150,17 +154,17 @@ class BlockPool:
                 "expected one dimension of integers"
             )
         if ids.size and 0 <= (first := ids.item(0)) <= self.num_blocks - ids.size:
-            run = self._ids[first : first + ids.size]
-            if not np.count_nonzero(ids != run):  # as blocks mostly are
-                return run.copy(), 1
+            where = slice(first, first + ids.size)
+            if not np.count_nonzero(ids != self._ids[where]):  # as blocks mostly are
+                return self._ids[where].copy(), 1, where
         ids = np.sort(ids)
         if ids.size and (ids.item(0) < 0 or ids.item(-1) >= self.num_blocks):
             raise ForeignBlock(ids[(ids < 0) | (ids >= self.num_blocks)])
         ids = ids.astype(np.int32, copy=False)
         if np.count_nonzero(ids[1:] == ids[:-1]):
             ids, times = np.unique(ids, return_counts=True)
-            return ids, times.astype(np.int32)
-        return ids, 1
+            return ids, times.astype(np.int32), ids
+        return ids, 1, ids
 
 
 def _runs(ids: Int32s) -> list[tuple[int, int]]:

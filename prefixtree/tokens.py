@@ -18,6 +18,8 @@ TokensLike: TypeAlias = "AbstractSequence[int] | npt.NDArray[np.integer[Any]] | 
 MAX_TOKEN = 2**31 - 1
 
 INT32 = np.dtype(np.int32)
+PACKED = (INT32.itemsize,)
+"""Strides of a contiguous array of one dimension."""
 
 
 def as_tokens(tokens: TokensLike) -> Int32s:
@@ -27,7 +29,7 @@ def as_tokens(tokens: TokensLike) -> Int32s:
     position) and for anything not 1-d. O(n); an int32 array is only scanned, not converted.
     """
     values: npt.NDArray[Any] = _as_array(tokens)
-    if values.dtype == INT32 and values.flags.c_contiguous:
+    if values.dtype == INT32 and values.strides == PACKED:
         if not len(values) or np.minimum.reduce(values) >= 0:
             return values
     elif not len(values) or (values.min() >= 0 and values.max() <= MAX_TOKEN):
@@ -38,9 +40,9 @@ def as_tokens(tokens: TokensLike) -> Int32s:
 
 def _as_array(tokens: TokensLike) -> npt.NDArray[np.integer[Any]]:
     """The ids in one dimension, of whatever integer type; no copy of an array."""
-    if isinstance(tokens, (list, tuple, range)):
-        return _from_python_ints(tokens)
     if type(tokens) is not np.ndarray:
+        if isinstance(tokens, (list, tuple, range)):
+            return _from_python_ints(tokens)
         try:
             tokens = np.asarray(tokens.cpu() if hasattr(tokens, "cpu") else tokens)
         except (TypeError, ValueError, RuntimeError):  # torch's bfloat16 or meta, ragged objects

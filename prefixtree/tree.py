@@ -294,11 +294,11 @@ class RadixTree:
         not read.
         """
         align = self.align
-        last = len(wanted) - align
+        total = len(wanted)
         at = 0
         tokens, length = self.tokens, self.nodes.length
         memory = wanted.data  # quicker to slice than an array
-        while at <= last:
+        while at + align <= total:
             key = int.from_bytes(memory[at : at + align], sys.byteorder) << 32 | node
             child = self._child.get(key, -1)
             if child < 0:
@@ -307,7 +307,8 @@ class RadixTree:
             if len(edge) != 4 * length[child]:
                 edge = self.edge(child)
             end = at + len(edge) // 4
-            if memory[at:end].tobytes() != edge:
+            # Of a slice that is as long as the edge, `startswith` tells equality without a copy.
+            if end > total or not edge.startswith(memory[at:end]):
                 known = np.frombuffer(edge, np.int32)
                 return Place(node, at, child, self.aligned(agreement(known, wanted[at:end])))
             at, node = end, child

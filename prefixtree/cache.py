@@ -596,7 +596,7 @@ class PrefixCache(Inspected, Journaled):
             at = int(closed.argmax())
             sequence = batch.sequences[at]
             state = "preempted" if sequence.is_preempted else "closed"
-            if self._is_open(sequence):
+            if self._writes(sequence):
                 state = "resumed since the batch was made"
             raise SequenceClosed(f"sequence {at} of the batch is {state}")
 
@@ -604,10 +604,13 @@ class PrefixCache(Inspected, Journaled):
 
     @guarded
     def _is_open(self, sequence: Sequence) -> bool:
+        return self._writes(sequence)
+
+    def _writes(self, sequence: Sequence) -> bool:
         return self._tree.nodes.writer[sequence._tail] == sequence._serial
 
     def _tail_of(self, sequence: Sequence) -> int:
-        if not self._is_open(sequence):
+        if not self._writes(sequence):
             raise SequenceClosed(
                 "the sequence is " + ("closed" if sequence._preempted is None else "preempted")
             )

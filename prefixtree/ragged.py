@@ -44,6 +44,14 @@ class RaggedInts:
         start = self._start[row]
         return self._buffer[start : start + self.size[row]]
 
+    def first(self, row: int) -> int:
+        """The first entry of a list that is not empty."""
+        return self._buffer.item(self._start[row])
+
+    def last(self, row: int) -> int:
+        """The last entry of a list that is not empty."""
+        return self._buffer.item(self._start[row] + self.size[row] - 1)
+
     def set(self, row: int, values: Int32s) -> None:
         """Replaces the list. `values` may be a view of another list."""
         self.reach(row)

@@ -298,11 +298,9 @@ class Tails:
         parent = nodes.parent[tail]
         nodes.length[tail] = length
         self.pending_tokens -= length
-        tokens = tree.tail_tokens.get(tail)[:length]
-        if tree.child(parent, tokens[: tree.align].tobytes()) < 0:
-            tree.link(tail)
+        if tree.link(tail):
             return False
-        place = tree.walk(tokens, parent)
+        place = tree.walk(tree.tail_tokens.get(tail)[:length], parent)
         node = self.land(place)
         self._move_pin(parent, node)
         self.joins += 1
@@ -337,7 +335,7 @@ class Tails:
         tree = self._tree
         for node in (tail, tree.nodes.parent[tail]):
             if tree.blocks.size[node]:
-                return int(tree.blocks.get(node)[-1])
+                return tree.blocks.last(node)
         return None
 
     def _release(self, blocks: Int32s) -> None:

@@ -108,6 +108,9 @@ class Place(NamedTuple):
         return self.consumed + self.within
 
 
+NOTHING: Int32s = np.empty(0, np.int32)
+"""No blocks to let go."""
+
 NOWHERE = Place(ROOT, 0, -1, 0)
 """Where a walk ends in a namespace that holds nothing."""
 
@@ -345,16 +348,18 @@ class RadixTree:
         blocks = self.blocks.get(node)[places // self.block_size].astype(np.int64)
         return blocks * self.block_size + places % self.block_size
 
-    def link(self, node: int) -> None:
-        """Makes a tail findable that has a length; no sibling may begin like it."""
+    def link(self, node: int) -> bool:
+        """Makes a node findable that has a length, unless a sibling begins like it; whether so."""
         nodes = self.nodes
         parent = nodes.parent[node]
-        self._child[self._key(parent, self._first_tokens(node))] = node
+        if self._child.setdefault(self._key(parent, self._first_tokens(node)), node) != node:
+            return False
         nodes.children[parent] += 1
         nodes.linked[node] = 1
         self.cached_tokens += nodes.length[node]
         if self.journal is not None:
             self.journal.grew(node)
+        return True
 
     def attach(self, parent: int, tokens: Int32s, blocks: Int32s) -> int:
         """A new leaf of whole blocks behind `parent`, unpinned; no child may begin like it."""
@@ -419,7 +424,7 @@ class RadixTree:
         if not rest:
             return upper, -1
         nodes.shares_first[node] = 1
-        return upper, int(self.blocks.get(node)[0])
+        return upper, self.blocks.first(node)
 
     def mergeable(self, node: int) -> bool:
         """Whether the node and its parent could be one: no sibling, same sequences, slots go on."""
@@ -432,7 +437,7 @@ class RadixTree:
             and not nodes.writer[node]
             and (nodes.offset[parent] + nodes.length[parent]) % self.block_size
             == nodes.offset[node]
-            and (not nodes.offset[node] or self.blocks.get(parent)[-1] == self.blocks.get(node)[0])
+            and (not nodes.offset[node] or self.blocks.last(parent) == self.blocks.first(node))
         )
 
     def merge(self, node: int) -> int:
@@ -443,7 +448,7 @@ class RadixTree:
         """
         nodes = self.nodes
         parent = nodes.parent[node]
-        shared = int(self.blocks.get(node)[0]) if nodes.offset[node] else -1
+        shared = self.blocks.first(node) if nodes.offset[node] else -1
         del self._child[self._key(parent, self.tokens[node])]
         self.tokens[node] = self.tokens[parent] + self.tokens[node]
         self.blocks.set(
@@ -477,6 +482,8 @@ class RadixTree:
         if not size and not nodes.shares_first[tail]:
             nodes.offset[tail] = 0
         needed = self.blocks_for(tail, size)
+        if needed == self.blocks.size[tail]:
+            return NOTHING
         gone = self.blocks.get(tail)[needed:].copy()
         self.blocks.truncate(tail, needed)
         return gone

@@ -3,6 +3,7 @@
 Choose one with the environment variable HYPOTHESIS_PROFILE.
 """
 
+import gc
 import os
 
 from hypothesis import HealthCheck, settings
@@ -27,3 +28,10 @@ settings.register_profile(
     "long", COMMON, derandomize=False, max_examples=20_000, stateful_step_count=100
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of torch, triton and the tests themselves are not walked again and
+    again by the garbage collector, nor by the tests that run it."""
+    gc.collect()
+    gc.freeze()

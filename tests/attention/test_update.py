@@ -185,8 +185,8 @@ def test_what_cannot_be_planned_changes_nothing(backend: str) -> None:
         with pytest.raises(error, match=message):
             plan.update(other, **arguments)
         assert plan.segments is segments
-        for result, wanted in zip(attention.run(plan, *given_), expected, strict=True):
-            assert torch.equal(result, wanted)
+    for result, wanted in zip(attention.run(plan, *given_), expected, strict=True):
+        assert torch.equal(result, wanted)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -92,7 +92,7 @@ def test_input_that_cannot_be_used_is_named_and_gives_status_2(
 
 
 def test_a_run_as_a_user_starts_it_computes_and_keeps_less_for_identical_tokens() -> None:
-    options = ["--problems", "2", "--samples", "2", "--max-new-tokens", "4"]
+    options = ["--problems", "2", "--samples", "2", "--max-new-tokens", "4", "--temperature", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "prefixtree", "demo", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -101,15 +101,15 @@ def test_a_run_as_a_user_starts_it_computes_and_keeps_less_for_identical_tokens(
     )
     assert done.returncode == 0, done.stderr
     assert "random weights" in done.stdout
-    assert done.stdout.count("16 of 16") == 2
+    assert done.stdout.count("16 of 16") == 1
     assert max(map(len, done.stdout.splitlines())) <= 80
     ratios = [float(ratio) for ratio in re.findall(r"([\d.]+)x (?:fewer|less)", done.stdout)]
     # Four sequences of which by far the most tokens are in the header.
-    assert len(ratios) == 4
+    assert len(ratios) == 2
     assert min(ratios) > 3
     assert "pins 4" in done.stdout
-    # Both ways show their progress, greedy and sampled, and never among the results.
-    assert done.stderr.count("100%") >= 4
+    # Both ways show their progress, and never among the results.
+    assert done.stderr.count("100%") >= 2
     assert "%|" not in done.stdout
 
 

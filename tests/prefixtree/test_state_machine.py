@@ -10,7 +10,6 @@ from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
-from hypothesis import settings
 from hypothesis.stateful import consumes, multiple, precondition, rule
 
 from prefixtree.errors import (
@@ -450,5 +449,3 @@ class Caching(Keeping):
 
 
 TestCaching = Caching.TestCase
-# A step is cheap, and the corners are where several rare things come together.
-TestCaching.settings = settings(max_examples=2 * settings.default.max_examples)

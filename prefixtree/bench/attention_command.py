@@ -1,7 +1,6 @@
 """The options of `python -m prefixtree bench attention`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from prefixtree.options import count, names, non_negative
@@ -13,7 +12,6 @@ DESCRIPTION = (
     "in turn in one run; every result is compared with float64."
 )
 EXIT_FAILED = 1
-EXIT_UNUSABLE = 2
 LIMITS_MB = {"cpu": (512.0, 256.0), "cuda": (40_000.0, 4_000.0)}
 """By device: of a whole run and of a quick one."""
 
@@ -83,40 +81,26 @@ def add_device(parser: argparse.ArgumentParser, device: str = "cpu") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all is measured, 1 when ours failed on a shape, 2 for input that cannot be used."""
-    try:
-        import torch
+    import torch
 
-        from prefixtree.bench import attention
-        from prefixtree.bench.clocks import clock_of
-        from prefixtree.bench.measure import Rounds
-        from prefixtree.bench.usable import UnusableInput
+    from prefixtree.bench import attention
+    from prefixtree.bench.clocks import clock_of
+    from prefixtree.bench.measure import Rounds
 
-        if args.plot is not None:
-            import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        return _refuse(f"{error}; the benchmarks need: pip install 'prefixtree[bench]'")
-    try:
-        device = attention.device_named(args.device)
-        dtype = attention.dtype_named(args.dtype, device)
-        limit = LIMITS_MB[device.type][args.quick] if args.limit is None else args.limit
-        shapes = attention.chosen_shapes(args.shapes, limit, dtype.itemsize, quick=args.quick)
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        complete = attention.measure_attention(
-            shapes,
-            device=device,
-            dtype=dtype,
-            clock=clock_of(device, args.clock),
-            rounds=Rounds(3 if args.quick else args.rounds, args.seconds),
-            flex_seconds=0.0 if args.quick else args.flex_seconds,
-            json_file=args.json,
-            plot_file=args.plot,
-        )
-    except UnusableInput as error:
-        return _refuse(str(error))
+    device = attention.device_named(args.device)
+    dtype = attention.dtype_named(args.dtype, device)
+    limit = LIMITS_MB[device.type][args.quick] if args.limit is None else args.limit
+    shapes = attention.chosen_shapes(args.shapes, limit, dtype.itemsize, quick=args.quick)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    complete = attention.measure_attention(
+        shapes,
+        device=device,
+        dtype=dtype,
+        clock=clock_of(device, args.clock),
+        rounds=Rounds(3 if args.quick else args.rounds, args.seconds),
+        flex_seconds=0.0 if args.quick else args.flex_seconds,
+        json_file=args.json,
+        plot_file=args.plot,
+    )
     return 0 if complete else EXIT_FAILED
-
-
-def _refuse(reason: str) -> int:
-    print(f"python -m prefixtree bench attention: error: {reason}", file=sys.stderr)
-    return EXIT_UNUSABLE

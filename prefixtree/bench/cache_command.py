@@ -1,7 +1,6 @@
 """The options of `python -m prefixtree bench cache`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from prefixtree.options import count, names, non_negative
@@ -12,7 +11,6 @@ DESCRIPTION = (
     "of the prompt and of the running batch, and memory; or a trace of real requests. With "
     "--against, other engines' caches do the same in turn with ours, in this process."
 )
-EXIT_UNUSABLE = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,41 +87,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all is measured, 2 for input that cannot be used."""
-    try:
-        from prefixtree.bench.cache import Sizes, measure_sizes, play_trace
-        from prefixtree.bench.usable import UnusableInput
+    from prefixtree.bench.cache import Sizes, measure_sizes, play_trace
 
-        if args.plot is not None:
-            import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        return _refuse(f"{error}; the benchmarks need: pip install 'prefixtree[bench]'")
-    try:
-        if args.trace is not None:
-            play_trace(
-                args.trace,
-                requests=args.requests,
-                pool_tokens=args.pool_tokens,
-                clock=args.clock,
-                against=args.against,
-                json_file=args.json,
-                plot_file=args.plot,
-            )
-        else:
-            measure_sizes(
-                Sizes(args.max_nodes, args.max_tokens, args.max_sequences),
-                block_size=args.block_size,
-                rounds=args.rounds,
-                seconds=args.seconds,
-                clock=args.clock,
-                against=args.against,
-                json_file=args.json,
-                plot_file=args.plot,
-            )
-    except UnusableInput as error:
-        return _refuse(str(error))
+    if args.trace is not None:
+        play_trace(
+            args.trace,
+            requests=args.requests,
+            pool_tokens=args.pool_tokens,
+            clock=args.clock,
+            against=args.against,
+            json_file=args.json,
+            plot_file=args.plot,
+        )
+    else:
+        measure_sizes(
+            Sizes(args.max_nodes, args.max_tokens, args.max_sequences),
+            block_size=args.block_size,
+            rounds=args.rounds,
+            seconds=args.seconds,
+            clock=args.clock,
+            against=args.against,
+            json_file=args.json,
+            plot_file=args.plot,
+        )
     return 0
-
-
-def _refuse(reason: str) -> int:
-    print(f"python -m prefixtree bench cache: error: {reason}", file=sys.stderr)
-    return EXIT_UNUSABLE

@@ -1,7 +1,6 @@
 """The options of `python -m prefixtree bench decode`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from prefixtree.bench.attention_command import add_device
@@ -13,7 +12,6 @@ DESCRIPTION = (
     "attention: against the batch, against the length of the shared prefix, and with one and two "
     "levels of sharing; beside plans that share nothing and steps without attention."
 )
-EXIT_UNUSABLE = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,43 +56,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all is measured, 2 for input that cannot be used."""
-    try:
-        import torch
+    import torch
 
-        from prefixtree.bench import decode
-        from prefixtree.bench.attention import device_named, dtype_named
-        from prefixtree.bench.measure import CLOCKS, Rounds
-        from prefixtree.bench.usable import UnusableInput
+    from prefixtree.bench import decode
+    from prefixtree.bench.attention import device_named, dtype_named
+    from prefixtree.bench.measure import CLOCKS, Rounds
 
-        if args.plot is not None:
-            import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        return _refuse(f"{error}; the benchmarks need: pip install 'prefixtree[bench]'")
-    try:
-        device = device_named(args.device)
-        on_cuda = device.type == "cuda"
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        given = {name: getattr(args, name) for name in decode.Sizes._fields if name in args}
-        sizes = decode.SIZES[device.type]._replace(
-            **{name: value for name, value in given.items() if value is not None}
-        )
-        decode.measure_decode(
-            args.model or ("7b" if on_cuda else "tiny"),
-            decode.points_of(sizes),
-            rounds=Rounds(args.steps or (30 if on_cuda else 10), args.seconds, CLOCKS[args.clock]),
-            dtype=dtype_named(args.dtype, device),
-            device=device,
-            backend=args.backend,
-            clock_name=args.clock,
-            json_file=args.json,
-            plot_file=args.plot,
-        )
-    except UnusableInput as error:
-        return _refuse(str(error))
+    device = device_named(args.device)
+    on_cuda = device.type == "cuda"
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    given = {name: getattr(args, name) for name in decode.Sizes._fields if name in args}
+    sizes = decode.SIZES[device.type]._replace(
+        **{name: value for name, value in given.items() if value is not None}
+    )
+    decode.measure_decode(
+        args.model or ("7b" if on_cuda else "tiny"),
+        decode.points_of(sizes),
+        rounds=Rounds(args.steps or (30 if on_cuda else 10), args.seconds, CLOCKS[args.clock]),
+        dtype=dtype_named(args.dtype, device),
+        device=device,
+        backend=args.backend,
+        clock_name=args.clock,
+        json_file=args.json,
+        plot_file=args.plot,
+    )
     return 0
-
-
-def _refuse(reason: str) -> int:
-    print(f"python -m prefixtree bench decode: error: {reason}", file=sys.stderr)
-    return EXIT_UNUSABLE

@@ -1,10 +1,17 @@
 """The options of `python -m prefixtree bench engines`."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from prefixtree.bench.usable import UnusableInput
 from prefixtree.options import count, names
+
+if TYPE_CHECKING:
+    from prefixtree.bench.engines.workload import Workload
 
 HELP = "a real serving engine, stock and with ours"
 DESCRIPTION = (
@@ -14,7 +21,7 @@ DESCRIPTION = (
     "ratios, and whether the tokens agree. Without --trace, samples behind a few-shot tree are "
     "decoded."
 )
-EXIT_FAILED, EXIT_UNUSABLE = 1, 2
+EXIT_FAILED = 1
 PARTS = ("cache", "attention")
 
 
@@ -99,75 +106,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all agrees, 1 when a run failed or tokens differ, 2 for input that cannot be used."""
-    try:
-        from prefixtree.bench.engines import compare, workload
-        from prefixtree.bench.engines.model import ModelSize
-        from prefixtree.bench.usable import UnusableInput
-        from prefixtree.replay.traces import TraceError, load_traces
+    from prefixtree.bench.engines import compare
+    from prefixtree.bench.engines.model import ModelSize
 
-        if args.plot is not None:
-            import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        return _refuse(f"{error}; the benchmarks need: pip install 'prefixtree[bench]'")
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        raise UnusableInput(f"no part {', '.join(unknown)!r}, expected {', '.join(PARTS)}")
+    name, work = _few_shot(args) if args.trace is None else _sessions(args)
+    size = ModelSize(
+        args.layers,
+        args.hidden,
+        args.q_heads,
+        args.kv_heads,
+        args.head_dim,
+        args.vocabulary,
+    )
+    options = compare.Options(
+        args.engine,
+        frozenset(args.parts),
+        size,
+        args.pool_tokens,
+        args.step_tokens,
+        args.rounds,
+        args.threads,
+        args.clock,
+    )
     try:
-        unknown = set(args.parts) - set(PARTS)
-        if unknown:
-            raise UnusableInput(f"no part {', '.join(unknown)!r}, expected {', '.join(PARTS)}")
-        if args.trace is None:
-            name = f"few-shot tree {args.header} -> {args.problems} x {args.problem} -> " + (
-                f"{args.samples} samples of {args.output}"
-            )
-            work = workload.few_shot(
-                header=args.header,
-                problems=args.problems,
-                problem=args.problem,
-                samples=args.samples,
-                output=args.output,
-                vocabulary=args.vocabulary,
-            )
-        else:
-            first, *others = (file.name for file in args.trace)
-            more = f" and {len(others)} more" if others else ""
-            name = f"sessions of {first}{more}, 1 token in {args.scale}"
-            work = workload.sessions(
-                load_traces(args.trace),
-                scale=args.scale,
-                turns=args.turns,
-                concurrency=args.concurrency,
-                vocabulary=args.vocabulary,
-            )
-        size = ModelSize(
-            args.layers,
-            args.hidden,
-            args.q_heads,
-            args.kv_heads,
-            args.head_dim,
-            args.vocabulary,
-        )
-        agrees = compare.compare(
-            compare.Options(
-                args.engine,
-                frozenset(args.parts),
-                size,
-                args.pool_tokens,
-                args.step_tokens,
-                args.rounds,
-                args.threads,
-                args.clock,
-            ),
-            work,
-            name,
-            json_file=args.json,
-            plot_file=args.plot,
-        )
-    except (UnusableInput, TraceError) as error:
-        return _refuse(str(error))
+        agrees = compare.compare(options, work, name, json_file=args.json, plot_file=args.plot)
     except compare.EngineFailed as error:
         print(f"python -m prefixtree bench engines: {error}", file=sys.stderr)
         return EXIT_FAILED
     return 0 if agrees else EXIT_FAILED
 
 
-def _refuse(reason: str) -> int:
-    print(f"python -m prefixtree bench engines: error: {reason}", file=sys.stderr)
-    return EXIT_UNUSABLE
+def _few_shot(args: argparse.Namespace) -> tuple[str, Workload]:
+    from prefixtree.bench.engines import workload
+
+    name = (
+        f"few-shot tree {args.header} -> {args.problems} x {args.problem} -> "
+        f"{args.samples} samples of {args.output}"
+    )
+    return name, workload.few_shot(
+        header=args.header,
+        problems=args.problems,
+        problem=args.problem,
+        samples=args.samples,
+        output=args.output,
+        vocabulary=args.vocabulary,
+    )
+
+
+def _sessions(args: argparse.Namespace) -> tuple[str, Workload]:
+    from prefixtree.bench.engines import workload
+    from prefixtree.replay.traces import TraceError, load_traces
+
+    first, *others = (file.name for file in args.trace)
+    more = f" and {len(others)} more" if others else ""
+    try:
+        requests = load_traces(args.trace)
+    except TraceError as error:
+        raise UnusableInput(str(error)) from error
+    return f"sessions of {first}{more}, 1 token in {args.scale}", workload.sessions(
+        requests,
+        scale=args.scale,
+        turns=args.turns,
+        concurrency=args.concurrency,
+        vocabulary=args.vocabulary,
+    )

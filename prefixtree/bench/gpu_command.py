@@ -1,10 +1,10 @@
 """The options of `python -m prefixtree bench gpu`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from prefixtree.bench.attention_command import LIMITS_MB, add_device
+from prefixtree.bench.usable import UnusableInput, require_writable, write_figures
 from prefixtree.options import count, names, non_negative, seed
 
 HELP = "a device in one run: every kernel checked, its ceilings, the shapes of attention timed"
@@ -15,7 +15,6 @@ DESCRIPTION = (
     "ours cannot run."
 )
 EXIT_WRONG = 1
-EXIT_UNUSABLE = 2
 QUICK_VARIANTS = 6
 """Every so many variants are checked in a quick run."""
 SECONDS_A_SHAPE = 3.0
@@ -84,72 +83,59 @@ def one_of(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all went well, 1 when a check or ours failed, 2 for input that cannot be used."""
-    try:
-        import torch
+    import torch
 
-        from prefixtree.bench import attention, gpu, tuning
-        from prefixtree.bench.clocks import clock_of
-        from prefixtree.bench.compare import makers_for
-        from prefixtree.bench.measure import Rounds
-        from prefixtree.bench.shapes import SUITES
-        from prefixtree.bench.usable import UnusableInput, require_writable, write_figures
-        from prefixtree.bench.variants import interpretable, variants
-    except ModuleNotFoundError as error:
-        return _refuse(f"{error}; the benchmarks need: pip install 'prefixtree[bench]'")
-    try:
-        for part in args.parts:
-            if part not in ("checks", "shapes"):
-                raise UnusableInput(f"--parts: no part {part!r}, expected checks, shapes")
-        require_writable(args.json)
-        device = attention.device_named(args.device)
-        dtype = attention.dtype_named(args.dtype, device)
-        clock = clock_of(device, args.clock)
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        if args.tune:
-            trials = tuning.tune(
-                gpu.every(list(tuning.candidates()), *args.slice),
-                device=device,
-                dtype=dtype,
-                clock=clock,
-                backend=args.backend or "triton",
-                rounds=args.rounds,
-                deadline=gpu.Deadline(args.seconds),
-            )
-            write_figures(args.json, {"trials": [tuning.record(trial) for trial in trials]})
-            print(tuning.best_tiles(trials))
-            return 0
-        limit = LIMITS_MB[device.type][args.quick] if args.limit is None else args.limit
-        suites = args.shapes or list(SUITES)
-        shapes = attention.chosen_shapes(suites, limit, dtype.itemsize, quick=args.quick)
-        checked = variants()
-        if device.type == "cpu" and args.backend == "triton":
-            checked = interpretable(checked)
-        work = gpu.Work(
-            variants=gpu.every(
-                gpu.every(checked, 1, QUICK_VARIANTS if args.quick else 1), *args.slice
-            )
-            if "checks" in args.parts
-            else [],
-            shapes=gpu.every(gpu.by_worth(shapes), *args.slice) if "shapes" in args.parts else [],
-            makers=makers_for(device, 0.0 if args.quick else args.flex_seconds, args.backend),
-            rounds=Rounds(5 if args.quick else args.rounds, SECONDS_A_SHAPE),
-            seconds=args.seconds,
-            seed=int(torch.seed() % 2**31) if args.seed is None else args.seed,
-        )
-        right = gpu.run_device(
-            work,
+    from prefixtree.bench import attention, gpu, tuning
+    from prefixtree.bench.clocks import clock_of
+    from prefixtree.bench.compare import makers_for
+    from prefixtree.bench.measure import Rounds
+    from prefixtree.bench.shapes import SUITES
+    from prefixtree.bench.variants import interpretable, variants
+
+    for part in args.parts:
+        if part not in ("checks", "shapes"):
+            raise UnusableInput(f"--parts: no part {part!r}, expected checks, shapes")
+    require_writable(args.json)
+    device = attention.device_named(args.device)
+    dtype = attention.dtype_named(args.dtype, device)
+    clock = clock_of(device, args.clock)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.tune:
+        trials = tuning.tune(
+            gpu.every(list(tuning.candidates()), *args.slice),
             device=device,
             dtype=dtype,
             clock=clock,
-            backend=args.backend,
-            json_file=args.json,
+            backend=args.backend or "triton",
+            rounds=args.rounds,
+            deadline=gpu.Deadline(args.seconds),
         )
-    except UnusableInput as error:
-        return _refuse(str(error))
+        write_figures(args.json, {"trials": [tuning.record(trial) for trial in trials]})
+        print(tuning.best_tiles(trials))
+        return 0
+    limit = LIMITS_MB[device.type][args.quick] if args.limit is None else args.limit
+    suites = args.shapes or list(SUITES)
+    shapes = attention.chosen_shapes(suites, limit, dtype.itemsize, quick=args.quick)
+    checked = variants()
+    if device.type == "cpu" and args.backend == "triton":
+        checked = interpretable(checked)
+    work = gpu.Work(
+        variants=gpu.every(gpu.every(checked, 1, QUICK_VARIANTS if args.quick else 1), *args.slice)
+        if "checks" in args.parts
+        else [],
+        shapes=gpu.every(gpu.by_worth(shapes), *args.slice) if "shapes" in args.parts else [],
+        makers=makers_for(device, 0.0 if args.quick else args.flex_seconds, args.backend),
+        rounds=Rounds(5 if args.quick else args.rounds, SECONDS_A_SHAPE),
+        seconds=args.seconds,
+        seed=int(torch.seed() % 2**31) if args.seed is None else args.seed,
+    )
+    right = gpu.run_device(
+        work,
+        device=device,
+        dtype=dtype,
+        clock=clock,
+        backend=args.backend,
+        json_file=args.json,
+    )
     return 0 if right else EXIT_WRONG
-
-
-def _refuse(reason: str) -> int:
-    print(f"python -m prefixtree bench gpu: error: {reason}", file=sys.stderr)
-    return EXIT_UNUSABLE

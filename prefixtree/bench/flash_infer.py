@@ -20,7 +20,13 @@ WORKSPACE_BYTES = 512 << 20
 
 
 class _FlashInfer:
+    """What both have in common; they set `wrapper`, and its pages: `page`, `kv` and `table`."""
+
     plans: ClassVar[bool] = True
+    wrapper: Any
+    page: int
+    kv: tuple[torch.Tensor, torch.Tensor]
+    table: list[Any]
 
     def __init__(self, inputs: Inputs) -> None:
         try:
@@ -30,6 +36,22 @@ class _FlashInfer:
         self.library: Any = flashinfer
         self.inputs = inputs
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.device)
+
+    def plan(self) -> None:
+        shape, dtype = self.inputs.shape, self.inputs.dtype
+        self.wrapper.plan(
+            *self.table,
+            shape.num_q_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            self.page,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+        )
+
+    def run(self) -> torch.Tensor:
+        out: torch.Tensor = self.wrapper.run(self.inputs.q, self.kv)
+        return out
 
     def _caches(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         k_rows, v_rows = self.inputs.slot_rows()
@@ -61,22 +83,6 @@ class FlashInferDecode(_FlashInfer):
         )
         self.plan()
 
-    def plan(self) -> None:
-        shape, dtype = self.inputs.shape, self.inputs.dtype
-        self.wrapper.plan(
-            *self.table,
-            shape.num_q_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            self.page,
-            q_data_type=dtype,
-            kv_data_type=dtype,
-        )
-
-    def run(self) -> torch.Tensor:
-        out: torch.Tensor = self.wrapper.run(self.inputs.q, self.kv)
-        return out
-
 
 class FlashInferCascade(_FlashInfer):
     """MultiLevelCascadeAttentionWrapper: a launch for each level of the tree, merged in turn."""
@@ -93,27 +99,11 @@ class FlashInferCascade(_FlashInfer):
         for nodes, query_ptr in ragged_levels(path_nodes(forest)):
             table = page_table([slots[node] for node in nodes.tolist()], self.page)
             levels.append(self._tensors(query_ptr, *table))
-        self.levels = [list(column) for column in zip(*levels, strict=True)]
+        self.table = [list(column) for column in zip(*levels, strict=True)]
         self.wrapper = self.library.MultiLevelCascadeAttentionWrapper(
             len(levels), self.workspace, "NHD"
         )
         self.plan()
-
-    def plan(self) -> None:
-        shape, dtype = self.inputs.shape, self.inputs.dtype
-        self.wrapper.plan(
-            *self.levels,
-            shape.num_q_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            self.page,
-            q_data_type=dtype,
-            kv_data_type=dtype,
-        )
-
-    def run(self) -> torch.Tensor:
-        out: torch.Tensor = self.wrapper.run(self.inputs.q, self.kv)
-        return out
 
 
 def page_table(runs: list[Int64s], page: int) -> tuple[Int64s, Int64s, Int64s]:

@@ -51,7 +51,7 @@ class Inspected(ABC):
 
     @guarded
     def tree(self) -> TreeView:
-        """The tree as it is now, to print and to walk. O(nodes log nodes + tokens)."""
+        """The tree as it is now, to print and to walk. O(nodes log nodes + blocks)."""
         return TreeView.of(self._state(), self.stats())
 
     def _repr_html_(self) -> str:

@@ -14,6 +14,8 @@ what lies behind something untold is untold itself, so the node that remains was
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pickle import PickleBuffer
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +43,9 @@ class Changes(NamedTuple):
     """Of the runs that begin a path, by index; those in the default namespace are left out."""
     stored: Int32s
     """The blocks of the runs, packed."""
-    tokens: Int32s
-    """Their tokens, packed: `block_size` each."""
+    tokens: Sequence[bytes | memoryview | PickleBuffer]
+    """Their tokens as int32, `block_size` each, in pieces of any size. What lies in nodes that no
+    open sequence writes is not copied."""
 
     def __bool__(self) -> bool:
         return bool(len(self.removed) or len(self.stored))
@@ -92,17 +95,18 @@ class Journal:
         if len(self._batches) > NOTES:
             self._condense()
 
-    def cut(self, node: int, length: int) -> None:
-        """Walks will find only the first `length` of this node's tokens. O(blocks that go)."""
-        tree, nodes = self._tree, self._tree.nodes
-        size, offset = tree.block_size, nodes.offset[node]
-        last = (offset - nodes.start[node] - 1) % size  # where in a block whole blocks end
-        first = -((last - offset - length) // size)
-        behind = -((last - offset - nodes.length[node]) // size)
-        if first < behind:
-            self._cut.append(tree.blocks.get(node)[first:behind][::-1].copy())
-            if len(self._cut) > self._room:
-                self._condense()
+    def cut(self, leaf: int, length: int, blocks: Int32s) -> None:
+        """Walks will find only the first `length` of this leaf's tokens. O(1).
+
+        `blocks`, which never change: the node's from that of the next token on.
+        """
+        nodes, size = self._tree.nodes, self._tree.block_size
+        offset = nodes.offset[leaf]
+        # Where in a block whole blocks end. The one that ends in the first of these may stay.
+        last = (offset - nodes.start[leaf] - 1) % size
+        self._cut.append(blocks[1:] if (offset + length) % size > last else blocks)
+        if len(self._cut) > self._room:
+            self._condense()
 
     def take(self) -> Changes:
         """What changed since the last call; nothing of what came and went in between.
@@ -111,7 +115,7 @@ class Journal:
         tail of an open sequence.
         """
         # Which of these were told is left to those who are told of it, and not looked up here.
-        removed = np.concatenate([self._gone, *self._cut])
+        removed = np.concatenate([self._gone, self._latest()])
         self._reach(removed)
         self._told[removed] = False
         self._cut, self._gone = [], removed[:0]
@@ -127,7 +131,7 @@ class Journal:
         if self._cut:
             # A block that went may have been used again and have gone again, untold: of several
             # notes of a block the first one is about what was told.
-            gone = np.concatenate(self._cut)
+            gone = self._latest()
             gone = gone[self._is_told(gone)]
             order = np.arange(len(gone), dtype=np.int32)
             self._first[gone[::-1]] = order[::-1]  # of several, the one written last stays
@@ -139,6 +143,10 @@ class Journal:
             self._batches = [np.unique(np.concatenate([grown, *self._batches]))]
         self._cut, self._grown = [], []
         self._room = max(NOTES, len(self._gone) // 16, len(self._batches[0]) // 16)
+
+    def _latest(self) -> Int32s:
+        """What was cut since notes were made one, what lies behind a block before it."""
+        return np.concatenate([*self._cut[::-1], self._gone[:0]])[::-1]
 
     def _is_told(self, blocks: Int32s) -> npt.NDArray[np.bool_]:
         self._reach(blocks)
@@ -175,7 +183,8 @@ class Journal:
         low, high = np.zeros_like(counts), counts - 1
         # Mostly none of a new node, or all but the last of a tail; otherwise by bisection.
         self._narrow(low, high, nodes, firsts, low)
-        self._narrow(low, high, nodes, firsts, high - 1)
+        if (low < high).any():
+            self._narrow(low, high, nodes, firsts, high - 1)
         while (low < high).any():
             self._narrow(low, high, nodes, firsts, (low + high) // 2)
         return low
@@ -191,21 +200,20 @@ class Journal:
     def _tell(self, removed: Int32s, runs: _Runs, tails: _Runs) -> Changes:
         """`tails`: those whose tokens all lie in one tail, behind which there is nothing."""
         tree, size = self._tree, self._tree.block_size
-        pieces: list[Int32s] = []
+        tokens: list[bytes | memoryview] = []
         held: list[Int32s] = []
         rows = zip(*(column.tolist() for column in runs), strict=True)
         for node, first, count, begin in rows:
             held.append(tree.blocks.get(node)[first : first + count])
-            self._tokens(pieces, node, begin, begin + size * count)
-        lengths = size * tails.counts
-        places = spans(tails.begins - np.asarray(tree.nodes.start)[tails.nodes], lengths)
-        pieces.append(tree.tail_tokens.at(np.repeat(tails.nodes, lengths), places))
-        held.append(
-            tree.blocks.at(np.repeat(tails.nodes, tails.counts), spans(tails.firsts, tails.counts))
-        )
-
-        runs = _Runs(*map(np.concatenate, zip(runs, tails, strict=True)))
-        stored = np.concatenate(held)
+            self._tokens(tokens, node, begin, begin + size * count)
+        if len(tails.nodes):
+            lengths = size * tails.counts
+            places = spans(tails.begins - np.asarray(tree.nodes.start)[tails.nodes], lengths)
+            tokens.append(tree.tail_tokens.at(np.repeat(tails.nodes, lengths), places).tobytes())
+            owners = np.repeat(tails.nodes, tails.counts)
+            held.append(tree.blocks.at(owners, spans(tails.firsts, tails.counts)))
+            runs = _Runs(*map(np.concatenate, zip(runs, tails, strict=True)))
+        stored = np.concatenate([*held, self._gone[:0]])
         self._reach(stored)
         self._told[stored] = True
         namespaces = {
@@ -214,7 +222,6 @@ class Journal:
             if tree.num_roots > 1
             and (namespace := tree.namespace_above(int(runs.nodes[run]))) != DEFAULT
         }
-        tokens = np.concatenate(pieces)
         return Changes(removed, self._parents(runs), runs.counts, namespaces, stored, tokens)
 
     def _parents(self, runs: _Runs) -> Int32s:
@@ -232,15 +239,14 @@ class Journal:
         parents[behind] = self._tree.blocks.at(nodes, places // self._tree.block_size)
         return parents
 
-    def _tokens(self, pieces: list[Int32s], node: int, begin: int, end: int) -> None:
-        """Appends those at positions begin..end-1 of the path to `node`, which `end` lies in."""
+    def _tokens(self, to: list[bytes | memoryview], node: int, begin: int, end: int) -> None:
+        """Adds those at positions begin..end-1 of the path to `node`, which `end` lies in."""
         nodes = self._tree.nodes
         start = nodes.start[node]
         if start > begin:
-            self._tokens(pieces, nodes.parent[node], begin, start)
+            self._tokens(to, nodes.parent[node], begin, start)
             begin = start
         if nodes.writer[node]:
-            tokens = self._tree.tail_tokens.get(node)
+            to.append(self._tree.tail_tokens.get(node)[begin - start : end - start].tobytes())
         else:
-            tokens = np.frombuffer(self._tree.edge(node), np.int32)
-        pieces.append(tokens[begin - start : end - start])
+            to.append(memoryview(self._tree.edge(node))[4 * (begin - start) : 4 * (end - start)])

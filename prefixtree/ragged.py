@@ -85,7 +85,11 @@ class RaggedInts:
 
     def gather(self, rows: Int64s, counts: Int64s) -> Int32s:
         """The first `counts[i]` entries of each list, packed; the caller keeps to the sizes."""
-        return self._buffer[spans(np.asarray(self._start)[rows], counts)]
+        starts = np.asarray(self._start)[rows]
+        if int(counts.sum()) < LONG * len(rows) or not len(rows):
+            return self._buffer[spans(starts, counts)]
+        places = zip(starts.tolist(), (starts + counts).tolist(), strict=True)
+        return np.concatenate([self._buffer[start:end] for start, end in places])
 
     def hand_front(self, row: int, count: int, other: int) -> None:
         """The first `count` entries become list `other`, which is empty. O(1): none is moved."""

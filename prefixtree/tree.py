@@ -511,7 +511,7 @@ class RadixTree:
         elif nodes.linked[node]:
             parent = nodes.parent[node]
             if self.journal is not None:
-                self.journal.cut(node, 0)
+                self.journal.cut(node, 0, held)
             del self._child[self._key(parent, self._first_tokens(node))]
             nodes.children[parent] -= 1
             self.cached_tokens -= nodes.length[node]
@@ -524,16 +524,17 @@ class RadixTree:
         O(blocks dropped), amortised: the bytes are cut when a walk comes by or half are of no use.
         """
         nodes = self.nodes
+        index, within = divmod(nodes.offset[leaf] + length, self.block_size)
+        behind = self.blocks.get(leaf)[index:].copy()
         if self.journal is not None:
-            self.journal.cut(leaf, length)
+            self.journal.cut(leaf, length, behind)
         self.cached_tokens -= nodes.length[leaf] - length
         nodes.length[leaf] = length
         if len(self.tokens[leaf]) > 8 * length:
             self.edge(leaf)
-        needed = self.blocks_for(leaf, length)
-        gone = self.blocks.get(leaf)[needed:].copy()
-        self.blocks.truncate(leaf, needed)
-        return gone
+        kept = 1 if within else 0
+        self.blocks.truncate(leaf, index + kept)
+        return behind[kept:]
 
     def _advance(self, node: int, count: int) -> None:
         """Moves the node's first token `count` further, in all but its length, parent, blocks."""

@@ -133,10 +133,7 @@ class NodeView:
         return slice(first, stop)
 
     def _tokens(self) -> Int32s:
-        if self.index < 0:
-            return np.empty(0, np.int32)
-        ends = self.view.token_ends
-        return self.view.tokens[ends[self.index] : ends[self.index + 1]]
+        return np.frombuffer(self.view.edges[self.index] if self.index >= 0 else b"", np.int32)
 
     def _of(self, column: npt.NDArray[Any]) -> int:
         return int(column[self.index]) if self.index >= 0 else 0
@@ -183,14 +180,13 @@ class TreeView:
     """[N] how many nodes have been made since."""
     writer: Int64s
     """[N] serial number of the open sequence whose tail it is, 0 for others."""
-    tokens: Int32s
-    """Of all nodes, packed: committed ones, then pending ones."""
-    token_ends: Int64s
-    """[N + 1] node i has tokens[token_ends[i] : token_ends[i + 1]]."""
+    edges: tuple[bytes, ...]
+    """[N] each node's tokens, committed ones and then pending ones, as int32. Those of nodes that
+    no open sequence writes are the cache's own and not copied, so that a view costs little."""
     blocks: Int32s
     """Of all nodes, packed: those of the tokens, in their order."""
     block_ends: Int64s
-    """[N + 1] as token_ends."""
+    """[N + 1] node i has blocks[block_ends[i] : block_ends[i + 1]]."""
     aside: Int32s
     """Blocks that something else than a node holds, once for each reference: block 0 where it is
     reserved, and what sequences gave up at a commit (`Stats.retired_blocks`)."""
@@ -204,7 +200,7 @@ class TreeView:
 
     @classmethod
     def of(cls, state: State, stats: Stats) -> TreeView:
-        """What a cache is now. O(nodes log nodes + tokens), with a few Python calls a node."""
+        """What a cache is now. O(nodes log nodes + blocks), with a few Python calls a node."""
         tree, table = state.tree, state.tree.nodes
         namespaces = dict(tree.roots())
         roots = np.fromiter(namespaces.values(), np.int64, len(namespaces))
@@ -215,11 +211,9 @@ class TreeView:
             tree.tail_tokens.get(row).tobytes() if tail else tree.edge(row)
             for row, tail in zip(rows.tolist(), writer.tolist(), strict=True)
         ]
-        tokens = np.frombuffer(b"".join(edges), np.int32)
         counts = np.fromiter(map(len, edges), np.int64, len(edges)) // 4
-        ends = np.cumsum(counts)
         first = np.full(len(rows), -1)
-        first[counts > 0] = tokens[(ends - counts)[counts > 0]]
+        first[counts > 0] = np.frombuffer(b"".join([edge[:4] for edge in edges]), np.int32)
 
         # Downward, and siblings by their first tokens; a root begins where those below it do.
         start = np.asarray(table.start)[rows]
@@ -243,7 +237,7 @@ class TreeView:
         size = (leave - enter)[order]
         rows, packed = rows[order - len(roots)], downward[order - len(roots)]
 
-        counts, firsts = counts[packed], (ends - counts)[packed]
+        counts = counts[packed]
         length, pins = np.asarray(table.length)[rows], np.asarray(table.pins)[rows]
         last_used, created = np.asarray(table.last_used)[rows], np.asarray(table.created)[rows]
         held = np.asarray(tree.blocks.size)[rows]
@@ -263,8 +257,7 @@ class TreeView:
             idle=np.where(pins > 0, 0, last_used.max(initial=0) - last_used),
             age=created.max(initial=0) - created,
             writer=np.asarray(table.writer)[rows],
-            tokens=tokens[spans(firsts, counts)],
-            token_ends=_ends(counts),
+            edges=tuple([edges[row] for row in packed.tolist()]),
             blocks=tree.blocks.gather(rows, held),
             block_ends=_ends(held),
             aside=state.aside,
@@ -287,6 +280,16 @@ class TreeView:
     def root(self) -> NodeView:
         """That of the default namespace."""
         return NodeView(self, ~self.namespaces.index(DEFAULT))
+
+    @cached_property
+    def tokens(self) -> Int32s:
+        """Those of all nodes, packed, read-only. O(tokens) the first time."""
+        return np.frombuffer(b"".join(self.edges), np.int32)
+
+    @cached_property
+    def token_ends(self) -> Int64s:
+        """[N + 1] node i has tokens[token_ends[i] : token_ends[i + 1]]."""
+        return _ends(self.length + self.pending)
 
     @cached_property
     def below(self) -> Int64s:
@@ -318,7 +321,7 @@ class TreeView:
         `min_tokens`: that many committed and pending tokens at least; `pinned`: in use, or not;
         `namespace`: in this one; `depth`: at most that deep, 1 for those that begin a namespace.
         None is for whatever it is. Raises `InvalidArgument` unless the numbers are integers, >= 0
-        and >= 1, `InvalidNamespace` for one that the view does not have. O(nodes + tokens).
+        and >= 1, `InvalidNamespace` for one that the view does not have. O(nodes + blocks).
         """
         wanted = np.ones(len(self), np.bool_)
         if min_tokens is not None:
@@ -461,7 +464,7 @@ class TreeView:
         rows = np.flatnonzero(kept)
         number = np.cumsum(kept, dtype=np.int32) - 1
         above = self.parent[rows]
-        held, counts = np.diff(self.block_ends)[rows], np.diff(self.token_ends)[rows]
+        held = np.diff(self.block_ends)[rows]
         columns = {
             field.name: getattr(self, field.name)[rows]
             for field in dataclasses.fields(self)
@@ -472,8 +475,7 @@ class TreeView:
         return dataclasses.replace(
             self,
             **columns,
-            tokens=self.tokens[spans(self.token_ends[rows], counts)],
-            token_ends=_ends(counts),
+            edges=tuple([self.edges[row] for row in rows.tolist()]),
             blocks=self.blocks[spans(self.block_ends[rows], held)],
             block_ends=_ends(held),
         )
@@ -487,5 +489,8 @@ PER_NODE = (
 
 
 def _ends(counts: npt.NDArray[Any]) -> Int64s:
-    """[N + 1] 0, then the running sum."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    """[N + 1] 0, then the running sum; read-only."""
+    ends = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=ends[1:])
+    ends.flags.writeable = False
+    return ends

@@ -122,7 +122,8 @@ class Ledger:
         above = np.concatenate([blocks[:1], blocks[:-1]])
         above[firsts] = parents
         self._parents[blocks] = above
-        self._tokens[blocks] = changes.tokens.reshape(-1, self._block_size)
+        known = np.frombuffer(b"".join(changes.tokens), np.int32)
+        self._tokens[blocks] = known.reshape(-1, self._block_size)
         for run, namespace in changes.namespaces.items():
             self._owners[int(blocks[firsts[run]])] = _Owner(namespace, lora_names[run])
 
@@ -132,9 +133,9 @@ class Ledger:
         near = np.where(blocks[at] == parents, at, -1).tolist()
         digests: list[bytes] = []
         roots, depths = np.empty(len(blocks), np.int32), np.empty(len(blocks), np.int32)
-        tokens = changes.tokens.astype("<i4", copy=False).tobytes()
+        tokens = known.astype("<i4", copy=False).tobytes()
         step, size = 4 * self._block_size, self._chain.size
-        known = self._digests[parents].tobytes()
+        above_them = self._digests[parents].tobytes()
         runs = zip(parents.tolist(), firsts.tolist(), counts.tolist(), near, strict=True)
         for run, (parent, first, count, place) in enumerate(runs):
             if parent < 0:
@@ -145,7 +146,7 @@ class Ledger:
                 before = digests[place]
             else:
                 root, depth = self._roots[parent], self._depths[parent] + 1
-                before = known[size * run : size * (run + 1)]
+                before = above_them[size * run : size * (run + 1)]
             roots[first : first + count] = root
             depths[first : first + count] = range(depth, depth + count) if count > 1 else depth
             digests += self._chain.extend(

@@ -14,6 +14,7 @@ rebuild what is cached. When no such batch is kept, one is made and sent to all.
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -25,8 +26,10 @@ import zmq
 
 from allocator.errors import InvalidArgument, at_least
 from prefixtree.errors import CannotPublish, EventsClosed
+from prefixtree.events.lane import Lane
+from prefixtree.events.ledger import Told
 from prefixtree.events.progress import Progress, create
-from prefixtree.events.sender import Setup, Work, send
+from prefixtree.events.sender import Setup, Work
 from prefixtree.events.source import KVEvents
 
 BATCH_BLOCKS = 4096
@@ -113,13 +116,19 @@ class ZmqPublisher:
         self._given = self._postponed = 0
         self._next = 0.0
         self._progress: Progress
+        self._lane: Lane
         self._context = zmq.Context()
         self._work: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         self._work.sndhwm = 0  # `WAITING` is the limit
         self._work.reconnect_ivl = 5  # ms: tried until the process is there
         try:
+            self._lane = Lane()
+        except OSError as error:
+            raise CannotPublish(f"cannot start the sending process: {error}") from error
+        try:
             self._process = self._start(setup)
         except BaseException:
+            self._lane.close()
             self._context.destroy(linger=0)
             raise
 
@@ -132,10 +141,10 @@ class ZmqPublisher:
         until a later call: nothing is lost. Raises `EventsClosed`, `CannotPublish` when the process
         has failed or ended, what `lora_name` does and what a broken cache does.
         """
-        with self._lock:
-            self._require_open()
-            now = time.monotonic()
-            if now >= self._next:
+        now = time.monotonic()
+        if now >= self._next:
+            with self._lock:
+                self._require_open()
                 self._hand_over()
                 self._next = now + self._interval
 
@@ -176,12 +185,14 @@ class ZmqPublisher:
             if self._closed:
                 return
             self._closed = True
-            send(self._work, None)
+            self._next = 0.0  # so that `publish` looks
+            self._work.send_pyobj(None)
             try:
                 self._process.wait(CLOSE_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
             self._end()
+            self._lane.close()
             self._context.destroy(linger=0)
             self._events.close()
 
@@ -201,7 +212,8 @@ class ZmqPublisher:
                 self._progress = create(progress)
                 self._work.connect(address)  # so that to send never waits, bound there or not
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _SENDER, address, progress],
+                    [sys.executable, "-c", _SENDER, address, progress, str(self._lane.file)],
+                    pass_fds=[self._lane.file],
                     stdin=subprocess.PIPE,  # its end tells the process that this one has ended
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                     start_new_session=True,  # Ctrl-C is for this one
@@ -209,7 +221,7 @@ class ZmqPublisher:
             except (OSError, zmq.ZMQError) as error:
                 raise CannotPublish(f"cannot start the sending process: {error}") from error
             try:
-                send(self._work, setup)
+                self._work.send_pyobj(setup)
                 while not self._progress.ready:
                     self._require_running()
                     time.sleep(0.005)
@@ -239,11 +251,20 @@ class ZmqPublisher:
 
     def _hand_over(self) -> None:
         self._require_running()
-        if self._given - self._progress.done >= WAITING:
+        waiting = self._given - self._progress.done
+        if not waiting:
+            self._lane.rewind()
+        if waiting >= WAITING or self._lane.is_full:
             self._postponed += 1
         elif (told := self._events.collect()) is not None:
-            self._give(Work(time.time(), told))
+            self._give(Work(time.time(), _to_go(told)))
 
     def _give(self, work: Work) -> None:
-        send(self._work, work)
+        self._work.send_pyobj(self._lane.put(work))
         self._given += 1
+
+
+def _to_go(told: Told) -> Told:
+    """The same, with tokens that are not copied when it is pickled."""
+    tokens = list(map(pickle.PickleBuffer, told.changes.tokens))
+    return told._replace(changes=told.changes._replace(tokens=tokens))

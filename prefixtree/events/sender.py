@@ -6,17 +6,17 @@ it is. It ends when it is told to, and when the process that started it has ende
 
 from __future__ import annotations
 
-import pickle
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import zmq
 
 from prefixtree.errors import CannotPublish
+from prefixtree.events.lane import LaneReader, Parcel
 from prefixtree.events.ledger import Ledger, Told
 from prefixtree.events.messages import AllBlocksCleared, Event, as_array, num_blocks
 from prefixtree.events.progress import Progress, attach
@@ -48,7 +48,7 @@ class Setup(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is to be sent; None in its place ends the process."""
+    """What is to be sent: comes as a `Parcel`; None in its place ends the process."""
 
     ts: float
     told: Told | None
@@ -154,15 +154,16 @@ def _batches(events: Iterable[Event], limit: int) -> Iterator[list[Event]]:
 
 
 def main() -> None:
-    """With two arguments: the address that work is sent to, and the file of the `Progress`.
+    """With three arguments: the address that work is sent to, the file of the `Progress`, and the
+    number of the lane's.
 
     Standard input ends when the process that started this one does.
     """
-    address, path = sys.argv[1:]
+    address, path, file = sys.argv[1:]
     progress = attach(path)
     context = zmq.Context()
     try:
-        _run(context.socket(zmq.PULL), address, progress)
+        _run(context.socket(zmq.PULL), address, progress, LaneReader(int(file)))
     except CannotPublish as error:
         progress.failure = str(error).encode()[:WORDS]
     except Exception as error:
@@ -171,7 +172,7 @@ def main() -> None:
     context.destroy(linger=0)
 
 
-def _run(work: zmq.Socket[bytes], address: str, progress: Progress) -> None:
+def _run(work: zmq.Socket[bytes], address: str, progress: Progress, lane: LaneReader) -> None:
     work.rcvhwm = 0
     work.bind(address)
     parent = sys.stdin.fileno()
@@ -180,7 +181,7 @@ def _run(work: zmq.Socket[bytes], address: str, progress: Progress) -> None:
     poller.register(parent, zmq.POLLIN)
     if work not in dict(poller.poll()):
         return  # nobody is there any more
-    sender = Sender(_received(work), progress)
+    sender = Sender(work.recv_pyobj(), progress)
     try:
         progress.ready = 1
         poller.register(sender.router, zmq.POLLIN)
@@ -190,24 +191,11 @@ def _run(work: zmq.Socket[bytes], address: str, progress: Progress) -> None:
             if sender.router in found:
                 sender.answer(time.time())
             if work in found:
-                given: Work | None = _received(work)
+                given: Parcel | None = work.recv_pyobj()
                 if given is None:
                     break
-                sender.do(given)
+                sender.do(lane.open(given))
             elif parent in found:
                 break
     finally:
         sender.close()
-
-
-def _received(work: zmq.Socket[bytes]) -> Any:
-    """What `send` was given."""
-    head, *buffers = work.recv_multipart()
-    return pickle.loads(head, buffers=buffers)
-
-
-def send(work: zmq.Socket[bytes], value: object) -> None:
-    """Sends to the process; arrays are copied once."""
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(value, 5, buffer_callback=buffers.append)
-    work.send_multipart([head, *buffers])

@@ -87,7 +87,7 @@ class Inspector:
     def publish(self) -> None:
         """Shows the cache as it is now. To be called by a thread that may use the cache.
 
-        O(nodes log nodes + tokens), as `PrefixCache.tree`; what is sent is made in the server's
+        O(nodes log nodes + blocks), as `PrefixCache.tree`; what is sent is made in the server's
         threads, once however many pages are open.
         """
         self.published.publish()

@@ -14,19 +14,18 @@ what lies behind something untold is untold itself, so the node that remains was
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pickle import PickleBuffer
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from prefixtree.columns import Int32s, Int64s
-from prefixtree.ragged import spans
 from prefixtree.tree import DEFAULT, Namespace, RadixTree
 
 NOTES = 1024
 """Notes of a kind that are kept before those that say the same are made one."""
+ARRAY = 32
+"""What an array takes beside its blocks, in blocks."""
 
 
 class Changes(NamedTuple):
@@ -43,9 +42,9 @@ class Changes(NamedTuple):
     """Of the runs that begin a path, by index; those in the default namespace are left out."""
     stored: Int32s
     """The blocks of the runs, packed."""
-    tokens: Sequence[bytes | memoryview | PickleBuffer]
-    """Their tokens as int32, `block_size` each, in pieces of any size. What lies in nodes that no
-    open sequence writes is not copied."""
+    tokens: list[Int32s]
+    """Their tokens, `block_size` each, in pieces of any size. Those of nodes that no open sequence
+    writes are not copied."""
 
     def __bool__(self) -> bool:
         return bool(len(self.removed) or len(self.stored))
@@ -80,6 +79,7 @@ class Journal:
         self._grown: list[int] = []
         self._batches = [np.flatnonzero(np.asarray(tree.nodes.length))]
         self._cut: list[Int32s] = []
+        self._cut_size = 0  # of these arrays, in blocks
         self._gone: Int32s = np.empty(0, np.int32)  # what was told and cut, from earlier notes
         self._room = NOTES
 
@@ -87,13 +87,13 @@ class Journal:
         """Walks find tokens in this node that they did not find there before. O(1)."""
         self._grown.append(node)
         if len(self._grown) > self._room:
-            self._condense()
+            self._unite_grown()
 
     def all_grew(self, nodes: Int64s) -> None:
         """As `grew` for each of an array that never changes. O(1)."""
         self._batches.append(nodes)
         if len(self._batches) > NOTES:
-            self._condense()
+            self._unite_grown()
 
     def cut(self, leaf: int, length: int, blocks: Int32s) -> None:
         """Walks will find only the first `length` of this leaf's tokens. O(1).
@@ -104,9 +104,13 @@ class Journal:
         offset = nodes.offset[leaf]
         # Where in a block whole blocks end. The one that ends in the first of these may stay.
         last = (offset - nodes.start[leaf] - 1) % size
-        self._cut.append(blocks[1:] if (offset + length) % size > last else blocks)
-        if len(self._cut) > self._room:
-            self._condense()
+        if (offset + length) % size > last:
+            blocks = blocks[1:]
+        self._cut.append(blocks)
+        self._cut_size += ARRAY + len(blocks)
+        # To make them one takes longer than to tell of them: only so that memory stays bounded.
+        if self._cut_size > ARRAY * NOTES + 4 * len(self._told):
+            self._unite_cut()
 
     def take(self) -> Changes:
         """What changed since the last call; nothing of what came and went in between.
@@ -115,11 +119,13 @@ class Journal:
         tail of an open sequence.
         """
         # Which of these were told is left to those who are told of it, and not looked up here.
-        removed = np.concatenate([self._gone, self._latest()])
+        removed = self._latest()
+        if len(self._gone):
+            removed = np.concatenate([self._gone, removed])
         self._reach(removed)
         self._told[removed] = False
-        self._cut, self._gone = [], removed[:0]
-        self._condense()
+        self._cut, self._cut_size, self._gone = [], 0, removed[:0]
+        self._unite_grown()
         nodes = self._batches.pop()
         self._room = NOTES
         runs = self._untold(nodes)
@@ -127,22 +133,27 @@ class Journal:
         inside = tails & (runs.begins >= np.asarray(self._tree.nodes.start)[runs.nodes])
         return self._tell(removed, runs.where(~inside), runs.where(inside))
 
-    def _condense(self) -> None:
-        if self._cut:
-            # A block that went may have been used again and have gone again, untold: of several
-            # notes of a block the first one is about what was told.
-            gone = self._latest()
-            gone = gone[self._is_told(gone)]
-            order = np.arange(len(gone), dtype=np.int32)
-            self._first[gone[::-1]] = order[::-1]  # of several, the one written last stays
-            gone = gone[self._first[gone] == order]
-            self._told[gone] = False
-            self._gone = np.concatenate([self._gone, gone])
-        if self._grown or len(self._batches) != 1:  # else each is there once, as in a batch
-            grown = np.array(self._grown, np.int64)
-            self._batches = [np.unique(np.concatenate([grown, *self._batches]))]
-        self._cut, self._grown = [], []
-        self._room = max(NOTES, len(self._gone) // 16, len(self._batches[0]) // 16)
+    def _unite_cut(self) -> None:
+        """Leaves of what was cut what was told, once each."""
+        # A block that went may have been used again and have gone again, untold: of several notes
+        # of a block the first one is about what was told.
+        gone = self._latest()
+        gone = gone[self._is_told(gone)]
+        order = np.arange(len(gone), dtype=np.int32)
+        self._first[gone[::-1]] = order[::-1]  # of several, the one written last stays
+        gone = gone[self._first[gone] == order]
+        self._told[gone] = False
+        self._gone = np.concatenate([self._gone, gone])
+        self._cut, self._cut_size = [], 0
+
+    def _unite_grown(self) -> None:
+        """Makes one batch of the nodes, each once."""
+        if self._grown or len(self._batches) != 1:  # else it is so already
+            grown = np.concatenate([np.array(self._grown, np.int64), *self._batches])
+            grown.sort()
+            self._batches = [grown[np.diff(grown, prepend=-1) > 0]]
+        self._grown = []
+        self._room = max(NOTES, len(self._batches[0]) // 16)
 
     def _latest(self) -> Int32s:
         """What was cut since notes were made one, what lies behind a block before it."""
@@ -200,20 +211,24 @@ class Journal:
     def _tell(self, removed: Int32s, runs: _Runs, tails: _Runs) -> Changes:
         """`tails`: those whose tokens all lie in one tail, behind which there is nothing."""
         tree, size = self._tree, self._tree.block_size
-        tokens: list[bytes | memoryview] = []
-        held: list[Int32s] = []
-        rows = zip(*(column.tolist() for column in runs), strict=True)
-        for node, first, count, begin in rows:
-            held.append(tree.blocks.get(node)[first : first + count])
-            self._tokens(tokens, node, begin, begin + size * count)
+        tokens: list[Int32s] = []
+        lengths = size * runs.counts
+        within = runs.begins - np.asarray(tree.nodes.start)[runs.nodes]
+        ready = (within >= 0) & (np.asarray(tree.nodes.writer)[runs.nodes] == 0)
+        at = within.tolist(), (within + lengths).tolist()
+        rows = zip(tree.tokens[runs.nodes].tolist(), *at, ready.tolist(), strict=True)
+        for run, (edge, first, last, is_ready) in enumerate(rows):
+            if is_ready:
+                tokens.append(np.frombuffer(edge, np.int32)[first:last])
+            else:
+                begin = int(runs.begins[run])
+                self._tokens(tokens, int(runs.nodes[run]), begin, begin + int(lengths[run]))
         if len(tails.nodes):
             lengths = size * tails.counts
-            places = spans(tails.begins - np.asarray(tree.nodes.start)[tails.nodes], lengths)
-            tokens.append(tree.tail_tokens.at(np.repeat(tails.nodes, lengths), places).tobytes())
-            owners = np.repeat(tails.nodes, tails.counts)
-            held.append(tree.blocks.at(owners, spans(tails.firsts, tails.counts)))
+            within = tails.begins - np.asarray(tree.nodes.start)[tails.nodes]
+            tokens.append(tree.tail_tokens.gather(tails.nodes, lengths, within))
             runs = _Runs(*map(np.concatenate, zip(runs, tails, strict=True)))
-        stored = np.concatenate([*held, self._gone[:0]])
+        stored = tree.blocks.gather(runs.nodes, runs.counts, runs.firsts)
         self._reach(stored)
         self._told[stored] = True
         namespaces = {
@@ -239,7 +254,7 @@ class Journal:
         parents[behind] = self._tree.blocks.at(nodes, places // self._tree.block_size)
         return parents
 
-    def _tokens(self, to: list[bytes | memoryview], node: int, begin: int, end: int) -> None:
+    def _tokens(self, to: list[Int32s], node: int, begin: int, end: int) -> None:
         """Adds those at positions begin..end-1 of the path to `node`, which `end` lies in."""
         nodes = self._tree.nodes
         start = nodes.start[node]
@@ -247,6 +262,7 @@ class Journal:
             self._tokens(to, nodes.parent[node], begin, start)
             begin = start
         if nodes.writer[node]:
-            to.append(self._tree.tail_tokens.get(node)[begin - start : end - start].tobytes())
+            tokens = self._tree.tail_tokens.get(node).copy()
         else:
-            to.append(memoryview(self._tree.edge(node))[4 * (begin - start) : 4 * (end - start)])
+            tokens = np.frombuffer(self._tree.edge(node), np.int32)
+        to.append(tokens[begin - start : end - start])

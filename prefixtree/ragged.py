@@ -83,9 +83,14 @@ class RaggedInts:
         """Entry `indices[i]` of list `rows[i]`; the caller keeps to the lists' sizes."""
         return self._buffer[np.asarray(self._start)[rows] + indices]
 
-    def gather(self, rows: Int64s, counts: Int64s) -> Int32s:
-        """The first `counts[i]` entries of each list, packed; the caller keeps to the sizes."""
-        starts = np.asarray(self._start)[rows]
+    def gather(self, rows: Int64s, counts: Int64s, firsts: Int64s | None = None) -> Int32s:
+        """`counts[i]` entries of list `rows[i]` from `firsts[i]` (0) on, packed.
+
+        The caller keeps to the lists' sizes.
+        """
+        starts: Int64s = np.asarray(self._start)[rows]
+        if firsts is not None:
+            starts += firsts
         if int(counts.sum()) < LONG * len(rows) or not len(rows):
             return self._buffer[spans(starts, counts)]
         places = zip(starts.tolist(), (starts + counts).tolist(), strict=True)

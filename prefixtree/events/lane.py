@@ -1,84 +1,75 @@
-"""Memory through which what changed goes from the cache's process to the one that sends it.
+"""Memory through which tokens and blocks go from the cache's process to the one that sends them.
 
-It is written once and read where it lies, so that neither process makes pages of memory anew each
-time, nor waits for the other. Only the note where it lies goes through a socket.
+They are written once and read where they lie. The memory is used again and again, so no page of it
+has to be made anew; only the note where something lies goes through a socket.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import pickle
 import tempfile
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TypeAlias
 
-LANE_BYTES = 8 << 20
-"""Parcels that lie in it before further ones should wait: what fits into a processor's cache."""
+import numpy as np
 
+from prefixtree.columns import Int32s
 
-class Parcel(NamedTuple):
-    """A value whose arrays lie in the lane."""
+ROOM = 2 << 20
+"""Numbers that wait in it before further ones should not be put there: 8 MiB."""
 
-    head: bytes
-    places: list[tuple[int, int]]
-    """First byte, and the one behind the last, of each array."""
+Place: TypeAlias = tuple[int, int]
+"""Index of the first number in the lane, and of the one behind the last."""
 
 
 class Lane:
-    """The writing end. Parcels lie one behind the other until all have been read."""
+    """The writing end: one behind the other, until all that was written has been read."""
 
     def __init__(self) -> None:
         """Raises OSError when there is no memory for it."""
         if hasattr(os, "memfd_create"):
             self.file = os.memfd_create("prefixtree-events")
         else:
-            with tempfile.TemporaryFile() as file:  # whose disk may be written to in vain
+            with tempfile.TemporaryFile() as file:
                 self.file = os.dup(file.fileno())
         self._end = 0
-        self._map(LANE_BYTES)
+        self._memory: Int32s
+        self._map(ROOM)
 
     @property
     def is_full(self) -> bool:
-        """Whether a parcel should wait until `rewind`."""
-        return self._end >= LANE_BYTES
+        """Whether what comes should wait until it can be rewound."""
+        return self._end >= ROOM
 
-    def put(self, value: object) -> Parcel:
-        """Pickles a value; a copy of its arrays and `PickleBuffer`s in the lane is the only one.
+    def put(self, pieces: Sequence[Int32s]) -> Place:
+        """Copies them there as one array. Makes room for it, however full the lane is.
 
         Raises OSError when there is no memory for it.
         """
-        buffers: list[pickle.PickleBuffer] = []
-        head = pickle.dumps(value, 5, buffer_callback=buffers.append)
-        sizes = [memoryview(buffer).nbytes for buffer in buffers]
-        places = []
-        end = self._end
-        for size in sizes:
-            places.append((end, end + size))
-            end += -(-size // 8) * 8  # so that each array begins where int64 may
-        if end > len(self._memory):
-            self._map(end)
-        memory = self._memory
-        for (first, last), buffer in zip(places, buffers, strict=True):
-            memory[first:last] = buffer
-        self._end = end
-        return Parcel(head, places)
+        first = self._end
+        last = first + sum(map(len, pieces))
+        if last > len(self._memory):
+            self._map(2 * last)
+        if last > first:
+            np.concatenate(pieces, out=self._memory[first:last])
+        self._end = last
+        return first, last
 
     def rewind(self) -> None:
-        """All parcels have been read: the next one takes their place."""
+        """All has been read: what comes takes its place."""
         self._end = 0
-        if len(self._memory) > 4 * LANE_BYTES:  # a large parcel came in between
-            self._map(LANE_BYTES)
+        if len(self._memory) > 16 * ROOM:  # as when a full cache was told of
+            self._map(ROOM)
 
     def close(self) -> None:
-        """Gives the memory back. More than once does no harm."""
-        if self.file >= 0:
-            self._memory.close()
-            os.close(self.file)
-            self.file = -1
+        """Gives the memory back, as soon as the other process does so too."""
+        self._memory = np.empty(0, np.int32)
+        os.close(self.file)
 
     def _map(self, size: int) -> None:
-        os.ftruncate(self.file, size)
-        self._memory = mmap.mmap(self.file, size)
+        os.ftruncate(self.file, 4 * size)
+        self._memory = np.frombuffer(mmap.mmap(self.file, 4 * size), np.int32)
 
 
 class LaneReader:
@@ -87,12 +78,13 @@ class LaneReader:
     def __init__(self, file: int) -> None:
         """`file`: the number of the lane's, which this process was given."""
         self._file = file
-        self._memory = memoryview(b"")
+        self._memory: Int32s = np.empty(0, np.int32)
 
-    def open(self, parcel: Parcel) -> Any:
-        """The value. Its arrays lie in the lane: they are good until somebody rewinds it."""
-        last = max((last for _, last in parcel.places), default=0)
+    def get(self, place: Place) -> Int32s:
+        """What lies there: a view, good until the lane is rewound."""
+        first, last = place
         if last > len(self._memory):
-            self._memory = memoryview(mmap.mmap(self._file, 0, access=mmap.ACCESS_READ))
-        buffers = [self._memory[first:last] for first, last in parcel.places]
-        return pickle.loads(parcel.head, buffers=buffers)
+            self._memory = np.frombuffer(
+                mmap.mmap(self._file, 0, access=mmap.ACCESS_READ), np.int32
+            )
+        return self._memory[first:last]

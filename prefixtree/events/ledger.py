@@ -122,7 +122,8 @@ class Ledger:
         above = np.concatenate([blocks[:1], blocks[:-1]])
         above[firsts] = parents
         self._parents[blocks] = above
-        known = np.frombuffer(b"".join(changes.tokens), np.int32)
+        pieces = changes.tokens
+        known = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         self._tokens[blocks] = known.reshape(-1, self._block_size)
         for run, namespace in changes.namespaces.items():
             self._owners[int(blocks[firsts[run]])] = _Owner(namespace, lora_names[run])

@@ -14,7 +14,6 @@ rebuild what is cached. When no such batch is kept, one is made and sent to all.
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,6 @@ import zmq
 from allocator.errors import InvalidArgument, at_least
 from prefixtree.errors import CannotPublish, EventsClosed
 from prefixtree.events.lane import Lane
-from prefixtree.events.ledger import Told
 from prefixtree.events.progress import Progress, create
 from prefixtree.events.sender import Setup, Work
 from prefixtree.events.source import KVEvents
@@ -162,7 +160,7 @@ class ZmqPublisher:
         with self._lock:
             self._require_open()
             self._require_running()
-            self._give(Work(time.time(), None))
+            self._give(Work(time.time()))
 
     def stats(self) -> PublisherStats:
         """The numbers of now. Any thread may call it, also after `close`."""
@@ -257,14 +255,8 @@ class ZmqPublisher:
         if waiting >= WAITING or self._lane.is_full:
             self._postponed += 1
         elif (told := self._events.collect()) is not None:
-            self._give(Work(time.time(), _to_go(told)))
+            self._give(Work.of(time.time(), told, self._lane))
 
     def _give(self, work: Work) -> None:
-        self._work.send_pyobj(self._lane.put(work))
+        self._work.send_pyobj(work)
         self._given += 1
-
-
-def _to_go(told: Told) -> Told:
-    """The same, with tokens that are not copied when it is pickled."""
-    tokens = list(map(pickle.PickleBuffer, told.changes.tokens))
-    return told._replace(changes=told.changes._replace(tokens=tokens))

@@ -10,18 +10,21 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
+import numpy as np
 import zmq
 
 from prefixtree.errors import CannotPublish
-from prefixtree.events.lane import LaneReader, Parcel
+from prefixtree.events.lane import Lane, LaneReader, Place
 from prefixtree.events.ledger import Ledger, Told
 from prefixtree.events.messages import AllBlocksCleared, Event, as_array, num_blocks
 from prefixtree.events.progress import Progress, attach
 
 END = (-1).to_bytes(8, "big", signed=True)
+
+NOTHING = np.empty(0, np.int32)
 
 LINGER_MS = 1000
 """How long the end waits for consumers to be sent the rest."""
@@ -48,19 +51,38 @@ class Setup(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is to be sent: comes as a `Parcel`; None in its place ends the process."""
+    """What is to be sent; None in its place ends the process."""
 
     ts: float
-    told: Told | None
+    told: Told | None = None
     """None: everything is to be told anew."""
+    places: tuple[Place, ...] = ()
+    """Where in the lane the changes' `removed`, `stored` and `tokens` lie, which are left out."""
+
+    @classmethod
+    def of(cls, ts: float, told: Told, lane: Lane) -> Self:
+        """Puts the large arrays into the lane."""
+        changes = told.changes
+        places = tuple(map(lane.put, ([changes.removed], [changes.stored], changes.tokens)))
+        rest = changes._replace(removed=NOTHING, stored=NOTHING, tokens=[])
+        return cls(ts, told._replace(changes=rest), places)
+
+    def whole(self, lane: LaneReader) -> Told | None:
+        """What is told, as long as the lane is not rewound."""
+        if self.told is None:
+            return None
+        removed, stored, tokens = map(lane.get, self.places)
+        changes = self.told.changes._replace(removed=removed, stored=stored, tokens=[tokens])
+        return self.told._replace(changes=changes)
 
 
 class Sender:
     """The sockets that consumers connect to, and what was sent through them."""
 
-    def __init__(self, setup: Setup, progress: Progress) -> None:
+    def __init__(self, setup: Setup, progress: Progress, lane: LaneReader) -> None:
         """Raises `CannotPublish` that names an endpoint which cannot be bound."""
         self._setup = setup
+        self._lane = lane
         self._ledger = setup.ledger
         self._encoder = msgspec.msgpack.Encoder()
         self._buffer: deque[bytes] = deque(maxlen=setup.kept)  # the latest batches
@@ -74,10 +96,11 @@ class Sender:
 
     def do(self, work: Work) -> None:
         """Sends what the work tells of."""
-        if work.told is None:
+        told = work.whole(self._lane)
+        if told is None:
             self.tell_everything(work.ts)
         else:
-            self._send(work.ts, self._ledger.apply(work.told), self._setup.batch_blocks)
+            self._send(work.ts, self._ledger.apply(told), self._setup.batch_blocks)
         self._progress.done += 1
 
     def tell_everything(self, ts: float) -> None:
@@ -181,7 +204,7 @@ def _run(work: zmq.Socket[bytes], address: str, progress: Progress, lane: LaneRe
     poller.register(parent, zmq.POLLIN)
     if work not in dict(poller.poll()):
         return  # nobody is there any more
-    sender = Sender(work.recv_pyobj(), progress)
+    sender = Sender(work.recv_pyobj(), progress, lane)
     try:
         progress.ready = 1
         poller.register(sender.router, zmq.POLLIN)
@@ -191,10 +214,10 @@ def _run(work: zmq.Socket[bytes], address: str, progress: Progress, lane: LaneRe
             if sender.router in found:
                 sender.answer(time.time())
             if work in found:
-                given: Parcel | None = work.recv_pyobj()
+                given: Work | None = work.recv_pyobj()
                 if given is None:
                     break
-                sender.do(lane.open(given))
+                sender.do(given)
             elif parent in found:
                 break
     finally:

@@ -322,7 +322,7 @@ def test_a_process_that_fails_says_so(
         write(cache, [1, 2, 3, 4])
         told = events.collect()
         assert told is not None
-        broken = told._replace(changes=told.changes._replace(tokens=[bytes(12)]))
+        broken = told._replace(changes=told.changes._replace(tokens=[told.changes.tokens[0][:3]]))
         monkeypatch.setattr(events, "collect", lambda: broken)
         publisher.flush()
         publisher._process.wait()

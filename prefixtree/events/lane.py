@@ -1,7 +1,8 @@
 """Memory through which tokens and blocks go from the cache's process to the one that sends them.
 
-They are written once and read where they lie. The memory is used again and again, so no page of it
-has to be made anew; only the note where something lies goes through a socket.
+They are written once and read where they lie; only a note of the place goes through a socket. To
+make a page of memory takes longer than to fill it, so all of it is made at the start, and used
+again and again.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 
 from prefixtree.columns import Int32s
 
-ROOM = 2 << 20
-"""Numbers that wait in it before further ones should not be put there: 8 MiB."""
+ROOM = 4 << 20
+"""Numbers that it has room for at first: 16 MiB."""
 
 Place: TypeAlias = tuple[int, int]
 """Index of the first number in the lane, and of the one behind the last."""
@@ -39,8 +40,8 @@ class Lane:
 
     @property
     def is_full(self) -> bool:
-        """Whether what comes should wait until it can be rewound."""
-        return self._end >= ROOM
+        """Whether what comes should wait until it can be rewound: half of the room is taken."""
+        return 2 * self._end >= ROOM
 
     def put(self, pieces: Sequence[Int32s]) -> Place:
         """Copies them there as one array. Makes room for it, however full the lane is.
@@ -59,7 +60,7 @@ class Lane:
     def rewind(self) -> None:
         """All has been read: what comes takes its place."""
         self._end = 0
-        if len(self._memory) > 16 * ROOM:  # as when a full cache was told of
+        if len(self._memory) > 8 * ROOM:  # as when a full cache was told of
             self._map(ROOM)
 
     def close(self) -> None:
@@ -69,7 +70,8 @@ class Lane:
 
     def _map(self, size: int) -> None:
         os.ftruncate(self.file, 4 * size)
-        self._memory = np.frombuffer(mmap.mmap(self.file, 4 * size), np.int32)
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        self._memory = np.frombuffer(mmap.mmap(self.file, 4 * size, flags), np.int32)
 
 
 class LaneReader:

@@ -7,8 +7,9 @@ tokens in a block lie on one path, one behind the other, so one multiple of `blo
 among their positions. There they stay, whatever nodes are split and merged. So a whole block goes
 by the id of the block that it ends in, and all there is to remember of each is one bit.
 
-The tree notes only where something changed, in about a microsecond. What that means is found out
-when `take` asks, by the state then: to ask seldom loses nothing. Nodes that merge need no note:
+The tree notes only where something changed, in about a microsecond: which nodes grew, and what was
+cut off that was told. What came is found out when `take` asks, by the state then: to ask seldom
+loses nothing, and what was not told until it went needs no note. Nor do nodes that merge:
 what lies behind something untold is untold itself, so the node that remains was noted before.
 """
 
@@ -22,18 +23,18 @@ import numpy.typing as npt
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.tree import DEFAULT, Namespace, RadixTree
 
+NONE = np.empty(0, np.int32)
+
 NOTES = 1024
-"""Notes of a kind that are kept before those that say the same are made one."""
-ARRAY = 32
-"""What an array takes beside its blocks, in blocks."""
+"""Notes of nodes that grew that are kept before those of the same node are made one."""
 
 
 class Changes(NamedTuple):
     """Whole blocks that went, and then those that came in R runs, each a piece of a path."""
 
     removed: Int32s
-    """Those of them that were told and are not removed yet went: of several entries of a block the
-    first one counts. What lies behind another block on its path comes before it."""
+    """Those of them that were told went, each once and what lies behind another block on its path
+    before it. Some that were not may be among them."""
     parents: Int32s
     """[R] the block in front of a run, told before it; -1 where a path begins."""
     counts: Int64s
@@ -67,20 +68,17 @@ class _Runs(NamedTuple):
 class Journal:
     """Of one tree, which writes to it while it is the tree's `journal`.
 
-    Notes that say the same are made one now and then, so that they take no more memory than the
-    nodes and the blocks do, however seldom `take` is called.
+    Notes of the same node are made one now and then, and a block is cut only once, so that notes
+    take no more memory than the nodes and the blocks do, however seldom `take` is called.
     """
 
     def __init__(self, tree: RadixTree) -> None:
         """What is in the tree already counts as having come just now. O(nodes)."""
         self._tree = tree
-        self._told: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)  # by block
-        self._first: Int32s = np.empty(0, np.int32)  # scratch, by block
+        self._told: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)  # by block: told, not cut since
         self._grown: list[int] = []
         self._batches = [np.flatnonzero(np.asarray(tree.nodes.length))]
         self._cut: list[Int32s] = []
-        self._cut_size = 0  # of these arrays, in blocks
-        self._gone: Int32s = np.empty(0, np.int32)  # what was told and cut, from earlier notes
         self._room = NOTES
 
     def grew(self, node: int) -> None:
@@ -96,7 +94,7 @@ class Journal:
             self._unite_grown()
 
     def cut(self, leaf: int, length: int, blocks: Int32s) -> None:
-        """Walks will find only the first `length` of this leaf's tokens. O(1).
+        """Walks will find only the first `length` of this leaf's tokens. O(blocks told).
 
         `blocks`, which never change: the node's from that of the next token on.
         """
@@ -106,11 +104,11 @@ class Journal:
         last = (offset - nodes.start[leaf] - 1) % size
         if (offset + length) % size > last:
             blocks = blocks[1:]
-        self._cut.append(blocks)
-        self._cut_size += ARRAY + len(blocks)
-        # To make them one takes longer than to tell of them: only so that memory stays bounded.
-        if self._cut_size > ARRAY * NOTES + 4 * len(self._told):
-            self._unite_cut()
+        # Those told come first in a node: where the first one was not, none was.
+        if len(blocks) and (first := int(blocks[0])) < len(self._told) and self._told[first]:
+            self._cut.append(blocks)
+            self._reach(blocks)
+            self._told[blocks] = False
 
     def take(self) -> Changes:
         """What changed since the last call; nothing of what came and went in between.
@@ -118,13 +116,8 @@ class Journal:
         A few vector operations, and Python work for each run of new blocks that does not lie in the
         tail of an open sequence.
         """
-        # Which of these were told is left to those who are told of it, and not looked up here.
-        removed = self._latest()
-        if len(self._gone):
-            removed = np.concatenate([self._gone, removed])
-        self._reach(removed)
-        self._told[removed] = False
-        self._cut, self._cut_size, self._gone = [], 0, removed[:0]
+        removed = np.concatenate([NONE, *self._cut[::-1]])[::-1]  # the last block of a node first
+        self._cut = []
         self._unite_grown()
         nodes = self._batches.pop()
         self._room = NOTES
@@ -132,19 +125,6 @@ class Journal:
         tails = np.asarray(self._tree.nodes.writer)[runs.nodes] > 0
         inside = tails & (runs.begins >= np.asarray(self._tree.nodes.start)[runs.nodes])
         return self._tell(removed, runs.where(~inside), runs.where(inside))
-
-    def _unite_cut(self) -> None:
-        """Leaves of what was cut what was told, once each."""
-        # A block that went may have been used again and have gone again, untold: of several notes
-        # of a block the first one is about what was told.
-        gone = self._latest()
-        gone = gone[self._is_told(gone)]
-        order = np.arange(len(gone), dtype=np.int32)
-        self._first[gone[::-1]] = order[::-1]  # of several, the one written last stays
-        gone = gone[self._first[gone] == order]
-        self._told[gone] = False
-        self._gone = np.concatenate([self._gone, gone])
-        self._cut, self._cut_size = [], 0
 
     def _unite_grown(self) -> None:
         """Makes one batch of the nodes, each once."""
@@ -154,10 +134,6 @@ class Journal:
             self._batches = [grown[np.diff(grown, prepend=-1) > 0]]
         self._grown = []
         self._room = max(NOTES, len(self._batches[0]) // 16)
-
-    def _latest(self) -> Int32s:
-        """What was cut since notes were made one, what lies behind a block before it."""
-        return np.concatenate([*self._cut[::-1], self._gone[:0]])[::-1]
 
     def _is_told(self, blocks: Int32s) -> npt.NDArray[np.bool_]:
         self._reach(blocks)
@@ -169,7 +145,7 @@ class Journal:
         if needed > len(self._told):
             told = np.zeros(max(needed, 2 * len(self._told)), np.bool_)
             told[: len(self._told)] = self._told
-            self._told, self._first = told, np.empty(len(told), np.int32)
+            self._told = told
 
     def _untold(self, nodes: Int64s) -> _Runs:
         """What is new in these nodes, parents before children."""

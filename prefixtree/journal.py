@@ -98,17 +98,19 @@ class Journal:
 
         `blocks`, which never change: the node's from that of the next token on.
         """
-        nodes, size = self._tree.nodes, self._tree.block_size
+        nodes, size, told = self._tree.nodes, self._tree.block_size, self._told
         offset = nodes.offset[leaf]
-        # Where in a block whole blocks end. The one that ends in the first of these may stay.
-        last = (offset - nodes.start[leaf] - 1) % size
-        if (offset + length) % size > last:
+        within = (offset + length) % size
+        # The whole block that ends in the first of these may end before what goes.
+        if within and (offset - nodes.start[leaf] - 1) % size < within:
             blocks = blocks[1:]
         # Those told come first in a node: where the first one was not, none was.
-        if len(blocks) and (first := int(blocks[0])) < len(self._told) and self._told[first]:
+        if len(blocks) and (first := blocks.item(0)) < len(told) and told.item(first):
             self._cut.append(blocks)
-            self._reach(blocks)
-            self._told[blocks] = False
+            try:
+                told[blocks.astype(np.int64)] = False  # numpy is slow with int32 for an index
+            except IndexError:  # the last ones were never told
+                told[blocks[blocks < len(told)]] = False
 
     def take(self) -> Changes:
         """What changed since the last call; nothing of what came and went in between.
@@ -206,7 +208,7 @@ class Journal:
             runs = _Runs(*map(np.concatenate, zip(runs, tails, strict=True)))
         stored = tree.blocks.gather(runs.nodes, runs.counts, runs.firsts)
         self._reach(stored)
-        self._told[stored] = True
+        self._told[stored.astype(np.int64)] = True
         namespaces = {
             run: namespace
             for run in np.flatnonzero(runs.begins == 0).tolist()

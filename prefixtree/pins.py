@@ -220,10 +220,8 @@ class Pins:
 
     def evictions(self) -> tuple[EvictionCount, ...]:
         """All that `evict` and `drop` removed, by policy and reason."""
-        return tuple(
-            EvictionCount(policy, reason, *counts)
-            for (policy, reason), counts in self._evictions.items()
-        )
+        items = self._evictions.items()
+        return tuple([EvictionCount(*which, *counts) for which, counts in items])
 
     @property
     def order(self) -> EvictionOrder:

@@ -1,4 +1,4 @@
-"""What a user gives a benchmark that cannot be used, and the files that figures go to."""
+"""What a user gives a measurement that cannot be used, and the files that figures go to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def require_writable(*files: Path | None) -> None:
             try:
                 file.open("a").close()
             except OSError as error:
-                raise UnusableInput(f"{file}: {error.strerror or error}") from None
+                raise UnusableInput(f"cannot write {file}: {error.strerror or error}") from None
 
 
 def write_figures(file: Path | None, figures: dict[str, Any]) -> None:

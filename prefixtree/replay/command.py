@@ -78,20 +78,23 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return _refuse(f"{error}; a replay needs: pip install 'prefixtree[bench]'")
     from allocator import policy_names
+    from prefixtree.bench.usable import UnusableInput, require_writable
     from prefixtree.replay.report import Settings, as_json, as_text
     from prefixtree.replay.traces import TraceError, load_traces
 
     recorder = Recorder() if args.record else None
     try:
+        requests = load_traces(args.traces)[: args.limit]
+        require_writable(args.json, args.record, args.plot)
         found = replay(
-            load_traces(args.traces)[: args.limit],
+            requests,
             traces=args.traces,
             policies=args.policies or policy_names(),
             capacities=args.capacities,
             settings=Settings(args.block_size, args.running, args.disturb, args.seed),
             recorder=recorder,
         )
-    except (TraceError, UnusableCapacity) as error:
+    except (TraceError, UnusableCapacity, UnusableInput) as error:
         return _refuse(str(error))
     except (BrokenInvariant, CacheBroken, DoubleFree, ForeignBlock) as error:
         print(f"THE CACHE IS BROKEN: {type(error).__name__}: {error}")

@@ -53,6 +53,6 @@ function treeLegend(frame, mode) {
     const more = frame.namespaces.length - shown.length;
     return more > 0 ? [...shown, ["transparent", `${number(more)} more`]] : shown;
   }
-  return [[palette.heat[0], mode === "hits" ? "never hit" : "used last"],
-    [palette.heat[15], mode === "hits" ? "most hits" : "longest idle"]];
+  const [least, most] = mode === "hits" ? ["never hit", "most hits"] : ["used last", "longest idle"];
+  return [[palette.heat[0], least], [palette.heat[5], ""], [palette.heat[10], ""], [palette.heat[15], most]];
 }

@@ -81,6 +81,7 @@ class Observations:
         self._known = None
 
     def histogram(self) -> Histogram:
-        if self._known is None:
-            self._known = Histogram(self._bounds, tuple(self._counts), self._total)
-        return self._known
+        known = self._known
+        if known is None:
+            known = self._known = Histogram(self._bounds, tuple(self._counts), self._total)
+        return known

@@ -40,8 +40,8 @@ class Lane:
 
     @property
     def is_full(self) -> bool:
-        """Whether what comes should wait until it can be rewound: half of the room is taken."""
-        return 2 * self._end >= ROOM
+        """Whether what comes should wait until it can be rewound: a quarter of it is taken."""
+        return 4 * self._end >= ROOM
 
     def put(self, pieces: Sequence[Int32s]) -> Place:
         """Copies them there as one array. Makes room for it, however full the lane is.
@@ -51,7 +51,7 @@ class Lane:
         first = self._end
         last = first + sum(map(len, pieces))
         if last > len(self._memory):
-            self._map(2 * last)
+            self._map(last + last // 4)
         if last > first:
             np.concatenate(pieces, out=self._memory[first:last])
         self._end = last

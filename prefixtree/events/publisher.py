@@ -62,9 +62,10 @@ class PublisherStats(NamedTuple):
 class ZmqPublisher:
     """Sends the events of a cache; a process of its own does the hashing and the sending.
 
-    So the cache's process spends on it little more than a copy of what changed. The other process
-    keeps about 100 bytes for each cached block of 16 tokens; it ends with `close`, and when the
-    process that started it ends, however that happens.
+    So the cache's process spends on it little more than a copy of what changed, into memory that
+    both have: 16 MiB, more while much at once is new. The other process keeps about 100 bytes for
+    each cached block of 16 tokens; it ends with `close`, and when the process that started it ends,
+    however that happens.
 
     A consumer that reads too slowly loses batches, sees it by the sequence numbers and asks for
     them. Nothing here ever waits for a consumer.

@@ -97,6 +97,43 @@ def test_notes_are_condensed_and_outlast_what_they_are_of(monkeypatch: pytest.Mo
     assert cache.stats().evicted_nodes > 20
 
 
+def test_what_is_cut_may_end_with_blocks_that_were_never_told() -> None:
+    cache = pt.PrefixCache(8, 4)
+    events, mirror = KVEvents(cache), Mirror(4)
+    with cache.open([1] * 4) as sequence:
+        sequence.commit(4)
+        told = events.take()
+        cache.append([sequence], [1] * 8, [8])
+        sequence.commit(12)
+    cache.clear()
+    write(cache, [2] * 4)  # where the first block was
+    for event in decoded([*told, *events.take()]):
+        mirror.apply(event)
+    assert mirror.keys == whole_blocks(cache)
+    assert len(mirror.keys) == 1
+
+
+def test_what_was_taken_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ragged, "LEAST", 8)
+    cache = pt.PrefixCache(64, 4)
+    KVEvents(cache)
+    assert cache._tree.journal is not None
+    sequence = cache.open([1, 2, 3, 4, 5, 6])
+    sequence.commit(6)
+    (fork,) = sequence.fork(1)
+    cache.append([fork], [7, 8], [2])  # a block of both nodes' tokens
+    fork.commit(8)
+    tokens = cache._tree.journal.take().tokens
+    before = [piece.tolist() for piece in tokens]
+    assert np.concatenate(tokens).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    sequence.close()
+    fork.close()
+    cache.clear()
+    for first in range(10, 90, 20):
+        write(cache, [*range(first, first + 20)])
+    assert [piece.tolist() for piece in tokens] == before
+
+
 def test_a_restored_cache_is_told_whole(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     cache = pt.PrefixCache(60, 4)

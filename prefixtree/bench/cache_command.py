@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ENGINES",
         help="what else to measure, with commas: sglang, vllm; observed is ours with KV events, "
-        "statistics each step, metrics and the inspector on",
+        "metrics and the inspector on",
     )
     add(
         "--trace",

@@ -15,7 +15,10 @@ SECONDS = 1.0
 
 
 class Observers:
-    """Of one cache, until it is collected: KV events sent, an inspector served, statistics."""
+    """Of one cache, until it is collected: KV events sent, an inspector served, metrics scraped.
+
+    Statistics are not among them: whoever takes them at each step pays for each `stats()`.
+    """
 
     def __init__(self, cache: PrefixCache) -> None:
         self._cache = cache
@@ -28,8 +31,7 @@ class Observers:
     def step(self) -> None:
         """What an engine does after each of its steps, and what else is due."""
         self._publisher.publish()
-        stats = self._cache.stats()
         if time.monotonic() >= self._next:
-            exposition(stats)
+            exposition(self._cache.stats())
             self._inspector.publish()
             self._next = time.monotonic() + SECONDS

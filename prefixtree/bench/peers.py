@@ -18,7 +18,7 @@ SGLang's scheduler does around a commit: it copies the request's row, matches, g
 slots and locks a second time.
 
 "observed" is ours once more with all that looks at it switched on: its `close` also publishes KV
-events and takes statistics, and once a second a scrape and a view for the inspector.
+events, and once a second a scrape and a view for the inspector.
 
 SGLang's caches allocate from `_Slots`, a stack of real slots: its own allocator concatenates all
 free slots each time that some come back.

@@ -78,7 +78,11 @@ class Group(NamedTuple):
 
 
 def make_groups(
-    problem: Problem, segments: Segments, query: Int64Array, views: Views, gathers: Gathers
+    problem: Problem,
+    segments: Segments,
+    query: Int64Array,
+    views: Views | None,
+    gathers: Gathers | None,
 ) -> list[Group]:
     """Make the index tensors of all batches on the problem's device.
 
@@ -86,10 +90,13 @@ def make_groups(
         query: int64 [R], the number by which a row's query goes in the groups; ascending in the
             rows of a segment.
     """
-    return [
-        *_groups(problem, segments, query, views.batches, _in_place(views)),
-        *_groups(problem, segments, query, gathers.batches, _gathered(problem, segments, gathers)),
-    ]
+    groups = []
+    if views is not None:
+        groups = _groups(problem, segments, query, views.batches, _in_place(views))
+    if gathers is not None:
+        kv = _gathered(problem, segments, gathers)
+        groups += _groups(problem, segments, query, gathers.batches, kv)
+    return groups
 
 
 def _in_place(views: Views) -> list[InPlace]:
@@ -99,18 +106,17 @@ def _in_place(views: Views) -> list[InPlace]:
 
 def _gathered(problem: Problem, segments: Segments, gathers: Gathers) -> list[Gathered]:
     batches, whole_blocks = gathers
-    of_item = np.repeat(whole_blocks, batches.size)
-    padded = np.repeat(batches.tokens, batches.size)
-    slots = slots_of(segments, batches.items.take(np.flatnonzero(~of_item)), padded[~of_item])
-    blocks = blocks_of(
-        segments,
-        batches.items.take(np.flatnonzero(of_item)),
-        padded[of_item] // segments.block_size,
-    )
-    index = {
-        False: torch.from_numpy(slots).to(problem.device),
-        True: torch.from_numpy(blocks).to(problem.device),
-    }
+    of_item, padded = whole_blocks.repeat(batches.size), batches.tokens.repeat(batches.size)
+    ids: dict[bool, torch.Tensor] = {}
+    for whole in (False, True):
+        (some,) = (of_item == whole).nonzero()
+        if len(some):
+            units, items = padded.take(some), batches.items.take(some)
+            if whole:
+                where = blocks_of(segments, items, units // segments.block_size)
+            else:
+                where = slots_of(segments, items, units)
+            ids[whole] = torch.from_numpy(where).to(problem.device)
     gathered = []
     done = {False: 0, True: 0}
     for whole, begin, size, tokens in zip(
@@ -130,7 +136,7 @@ def _gathered(problem: Problem, segments: Segments, gathers: Gathers) -> list[Ga
             behind = np.flatnonzero(np.arange(tokens) >= kv_len[:, None])
             if len(behind):
                 blank = torch.from_numpy(behind).to(problem.device)
-        gathered.append(Gathered(index[whole][of], unit, blank))
+        gathered.append(Gathered(ids[whole][of], unit, blank))
     return gathered
 
 
@@ -141,15 +147,13 @@ def _groups(
     batches: Batches,
     kv: list[InPlace] | list[Gathered],
 ) -> list[Group]:
-    if not kv:
-        return []
     items = batches.items
-    first_query = query[items.row_begin]
-    consecutive = _consecutive(batches, first_query, query[items.row_end - 1] + 1)
-    first_position = segments.start[items.segment] + items.kv_begin
-    positions = torch.from_numpy(first_position).to(problem.device)
-    first_query = first_query[batches.begin].tolist()
-    masked = items.masked[batches.begin].tolist()
+    first_row = query.take(items.row_begin)
+    consecutive = _consecutive(batches, first_row, query.take(items.row_end - 1) + 1)
+    first_position = segments.start.take(items.segment) + items.kv_begin
+    positions = torch.from_numpy(first_position).to(problem.device).split(batches.size.tolist())
+    first_query = first_row.take(batches.begin).tolist()
+    masked = items.masked.take(batches.begin).tolist()
     ragged = (np.minimum.reduceat(items.kv_len, batches.begin) < batches.tokens).tolist()
 
     groups = []
@@ -167,7 +171,7 @@ def _groups(
             query_index=None,
             rows=None,
             targets=None,
-            first_position=positions[of_items],
+            first_position=positions[index],
             temperature=_shared(segments.temperature, items, begin, 1.0),
             log_weight=_each(problem, segments.log_weight, items, of_items),
         )
@@ -175,7 +179,8 @@ def _groups(
             seen = np.arange(tokens) < items.kv_len[of_items, None]
             group = group._replace(mask=additive(problem, seen[:, None]))
         if not consecutive[index] or masked[index]:
-            group = _with_rows(problem, segments, query, items.take(of_items), group)
+            some = items.take(np.arange(begin, begin + size))
+            group = _with_rows(problem, segments, query, some, group)
         groups.append(group)
     return groups
 
@@ -207,9 +212,10 @@ def _consecutive(batches: Batches, first: Int64Array, last: Int64Array) -> list[
 
     first, last: int64 [I], first query of each item and the one behind its last.
     """
-    follows = np.append(True, first[1:] == last[:-1])
+    follows = np.ones(len(first), np.bool_)
+    np.equal(first[1:], last[:-1], out=follows[1:])
     follows[batches.begin] = True
-    follows &= last - first == np.repeat(batches.queries, batches.size)
+    follows &= last - first == batches.queries.repeat(batches.size)
     consecutive: list[bool] = np.logical_and.reduceat(follows, batches.begin).tolist()
     return consecutive
 

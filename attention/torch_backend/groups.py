@@ -35,8 +35,8 @@ class Gathered(NamedTuple):
     """KV at slots, or in whole blocks.
 
     Attributes:
-        ids: int64, slots [size * tokens], or ids of blocks that the tokens fill; those of one item
-            where all items read the same.
+        ids: int64 [size, tokens], slots, or [size, tokens / unit], blocks that the tokens fill, of
+            any strides; one row where all items read the same.
         unit: tokens at each: 1 or the block size.
         blank: int64, tokens [size * tokens] that lie behind the end of their item in its last
             blocks, where anything may be written; None where there is none.
@@ -136,7 +136,7 @@ def _gathered(problem: Problem, segments: Segments, gathers: Gathers) -> list[Ga
             behind = np.flatnonzero(np.arange(tokens) >= kv_len[:, None])
             if len(behind):
                 blank = torch.from_numpy(behind).to(problem.device)
-        gathered.append(Gathered(ids[whole][of], unit, blank))
+        gathered.append(Gathered(ids[whole][of].view(size, -1), unit, blank))
     return gathered
 
 

@@ -317,15 +317,13 @@ def tensors(case: Case, seed: int = 0) -> Tensors:
     ).to(case.dtype)
     owned = owned_slots(case.source, case.num_blocks)
     caches = []
+    both = _empty_cache(case, case.head_dim + (case.value_head_dim or case.head_dim))
     for head_dim in (case.head_dim, case.value_head_dim or case.head_dim):
         if case.strides == "latent" and caches:
             caches.append(caches[0][..., :head_dim])
             continue
-        if case.strides == "beside" and caches:
-            cache = both[..., case.head_dim :]
-        elif case.strides == "beside":
-            both = _empty_cache(case, head_dim + (case.value_head_dim or head_dim))
-            cache = both[..., :head_dim]
+        if case.strides == "beside":
+            cache = both[..., case.head_dim :] if caches else both[..., :head_dim]
         else:
             cache = _empty_cache(case, head_dim)
         by_slot = cache if case.layout == "NHD" else cache.transpose(1, 2)

@@ -31,6 +31,24 @@ class InPlace(NamedTuple):
     step: int
 
 
+class Rows(NamedTuple):
+    """Rows of a cache that hold the tokens of a call.
+
+    Attributes:
+        chosen: int64, those that are to be gathered.
+        blank: int64, where in what was gathered `Gathered.blank` lies, or None.
+        num_rows, width, step: of all of the cache: elements of one, and from each to the next.
+        heads_together: a row has all heads of its tokens; else an item's heads follow each other.
+    """
+
+    chosen: torch.Tensor
+    blank: torch.Tensor | None
+    num_rows: int
+    width: int
+    step: int
+    heads_together: bool
+
+
 class Gathered(NamedTuple):
     """KV at slots, or in whole blocks.
 
@@ -40,11 +58,13 @@ class Gathered(NamedTuple):
         unit: tokens at each: 1 or the block size.
         blank: int64, tokens [size * tokens] that lie behind the end of their item in its last
             blocks, where anything may be written; None where there is none.
+        known: for caches of some shape and strides the rows, as far as they have been asked for.
     """
 
     ids: torch.Tensor
     unit: int
     blank: torch.Tensor | None
+    known: dict[tuple[int, ...], Rows]
 
 
 class Group(NamedTuple):
@@ -136,7 +156,7 @@ def _gathered(problem: Problem, segments: Segments, gathers: Gathers) -> list[Ga
             behind = np.flatnonzero(np.arange(tokens) >= kv_len[:, None])
             if len(behind):
                 blank = torch.from_numpy(behind).to(problem.device)
-        gathered.append(Gathered(ids[whole][of].view(size, -1), unit, blank))
+        gathered.append(Gathered(ids[whole][of].view(size, -1), unit, blank, {}))
     return gathered
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from attention.torch_backend.groups import Gathered, Group, InPlace
+from attention.torch_backend.groups import Gathered, Group, InPlace, Rows
 from attention.torch_backend.scratch import scratch
 
 
@@ -51,7 +51,7 @@ def tokens_of(caches: Caches, group: Group) -> tuple[torch.Tensor, torch.Tensor]
         values = keys if latent else _view(v, where, group.size, group.tokens)
         if keys is not None and values is not None:
             return keys, values
-        where = Gathered(_slots(where, group.size, group.tokens, k), 1, None)
+        where = Gathered(_slots(where, group.size, group.tokens, k), 1, None, {})
     if both is not None:
         (rows,) = _gather([both], where, group.tokens, 0)
         rows = _to_all(rows, group)
@@ -103,45 +103,38 @@ def _gather(
     block's part of a head, where whole blocks are asked for and their tokens lie side by side; else
     it is a slot, or a slot's part of a head.
     """
-    cache = caches[0]
-    _, block_size, heads, head_dim = cache.shape
-    size, index, unit = len(where.ids), where.ids.flatten(), where.unit
-    _, by_slot, by_head, _ = cache.stride()
-    heads_together = by_head == head_dim or heads == 1
-    if unit > 1 and by_slot != (heads * head_dim if heads_together else head_dim):
-        slot = torch.arange(block_size, device=cache.device)
-        index, unit = (index[:, None] * block_size + slot).flatten(), 1
-    width = unit * head_dim * (heads if heads_together else 1)
-    step, index = _rows(cache, index, unit, heads_together)
-    if not heads_together:
-        index = index.view(size, tokens // unit, heads).transpose(1, 2).flatten()
-    blank = where.blank
-    if blank is not None and not heads_together:
-        of_head = torch.arange(heads, device=cache.device) * tokens
-        blank = ((blank // tokens * (heads * tokens) + blank % tokens)[:, None] + of_head).flatten()
+    shape, strides = caches[0].shape, caches[0].stride()
+    # Layers have caches alike.
+    kind = (*shape, *strides)
+    rows = where.known.get(kind)
+    if rows is None:
+        rows = where.known[kind] = _rows(caches[0], where, tokens)
+    size, (_, _, heads, head_dim) = len(where.ids), shape
     gathered = []
     for one, cache in enumerate(caches, number):
-        last = sum((n - 1) * s for n, s in zip(cache.shape[:3], cache.stride(), strict=False))
-        count = (last + head_dim - width) // step + 1
-        rows = cache.as_strided((count, width), (step, 1))
-        copy = torch.index_select(rows, 0, index, out=scratch(one, len(index), rows))
-        if heads_together:
-            if blank is not None:
-                copy.view(-1, heads, head_dim).index_fill_(0, blank, 0)
+        source = cache.as_strided((rows.num_rows, rows.width), (rows.step, 1))
+        copy = scratch(one, len(rows.chosen), source)
+        torch.index_select(source, 0, rows.chosen, out=copy)
+        if rows.heads_together:
+            if rows.blank is not None:
+                copy.view(-1, heads, head_dim).index_fill_(0, rows.blank, 0)
             gathered.append(copy.view(size, tokens, heads, head_dim).transpose(1, 2))
         else:
-            if blank is not None:
-                copy.view(-1, head_dim).index_fill_(0, blank, 0)
+            if rows.blank is not None:
+                copy.view(-1, head_dim).index_fill_(0, rows.blank, 0)
             gathered.append(copy.view(size, heads, tokens, head_dim))
     return gathered
 
 
-def _rows(
-    cache: torch.Tensor, index: torch.Tensor, unit: int, heads_together: bool
-) -> tuple[int, torch.Tensor]:
-    """The stride of the cache's rows, and the rows of each unit (and of each of its heads)."""
-    _, block_size, heads, _ = cache.shape
+def _rows(cache: torch.Tensor, where: Gathered, tokens: int) -> Rows:
+    """The cache as rows, and those that are to be gathered."""
+    _, block_size, heads, head_dim = cache.shape
     by_block, by_slot, by_head, _ = cache.stride()
+    size, index, unit = len(where.ids), where.ids.flatten(), where.unit
+    heads_together = by_head == head_dim or heads == 1
+    if unit > 1 and by_slot != (heads * head_dim if heads_together else head_dim):
+        slot = torch.arange(block_size, device=cache.device)
+        index, unit = (index[:, None] * block_size + slot).flatten(), 1
     strides = [by_block]
     if unit == 1 and block_size > 1:
         strides.append(by_slot)
@@ -152,7 +145,14 @@ def _rows(
         index = index * (by_block // step) if by_block != step else index
     elif by_block != block_size * by_slot or step != by_slot:
         index = index // block_size * (by_block // step) + index % block_size * (by_slot // step)
+    width, blank = unit * head_dim * (heads if heads_together else 1), where.blank
     if not heads_together:
-        head = torch.arange(heads, device=cache.device) * (by_head // step)
-        index = index[:, None] + head
-    return step, index
+        head = torch.arange(heads, device=cache.device)
+        index = index[:, None] + head * (by_head // step)
+        index = index.view(size, tokens // unit, heads).transpose(1, 2).flatten()
+        if blank is not None:
+            blank = blank // tokens * (heads * tokens) + blank % tokens
+            blank = (blank[:, None] + head * tokens).flatten()
+    last = sum((n - 1) * s for n, s in zip(cache.shape[:3], cache.stride(), strict=False))
+    count = (last + head_dim - width) // step + 1
+    return Rows(index, blank, count, width, step, heads_together)

@@ -111,7 +111,7 @@ class Tail:
                     size=end - begin,
                     queries=1,
                     tokens=tokens,
-                    kv=Gathered(ids[of], 1, None),
+                    kv=Gathered(ids[of], 1, None, {}),
                     mask=None if mask is None else mask[of],
                     first_query=begin if part.rows is None else None,
                     query_index=None if part.rows is None else part.rows[of],

@@ -12,11 +12,13 @@ from attention.torch_backend.items import BoolArray, WorkItems
 from attention.torch_backend.places import places_of
 
 # Bounds of what one call holds: KV gathered (K and V together), KV read in place, tokens of an
-# item, queries.
+# item, queries, their results. Larger results leave the cache before they are merged, and the
+# memory for them goes back to the system between calls.
 GATHER_BYTES = 4 << 20
 IN_PLACE_BYTES = 64 << 20
 KV_TILE = 2048
 MAX_QUERIES = 1024
+RESULT_BYTES = 4 << 20
 # From this size on, KV is read in place: a call costs less than the copy.
 WORTH_A_CALL = 256 << 10
 # The fused CPU kernel takes up to twice as long on a number of tokens not a multiple of this, if
@@ -27,6 +29,12 @@ FEW_QUERIES = 16
 # A call costs about as much as to gather and attend to this much padding.
 CALL_BYTES = 512 << 10
 CALL_FLOPS = 16 << 20
+
+
+def most_queries(problem: Problem) -> int:
+    """Queries of a call."""
+    query_bytes = problem.num_q_heads * problem.value_head_dim * problem.precision.itemsize
+    return min(max(RESULT_BYTES // query_bytes, 1), MAX_QUERIES)
 
 
 class Batches(NamedTuple):
@@ -80,7 +88,7 @@ def make_batches(
     """
     if not len(items.segment):
         return None, None
-    items = _cut_queries(items)
+    items = _cut_queries(items, most_queries(problem))
     views, left = _views(problem, segments, items, kind)
     if left is None:
         return views, None
@@ -90,10 +98,10 @@ def make_batches(
     return views, _gathers(problem, segments, gathered, kind)
 
 
-def _cut_queries(items: WorkItems) -> WorkItems:
-    if not (items.num_rows > MAX_QUERIES).any():
+def _cut_queries(items: WorkItems, most: int) -> WorkItems:
+    if not np.count_nonzero(items.num_rows > most):
         return items
-    pieces = cut(items.num_rows, MAX_QUERIES)
+    pieces = cut(items.num_rows, most)
     items = items.take(pieces.source)
     row_begin = items.row_begin + pieces.begin
     return items._replace(row_begin=row_begin, row_end=row_begin + pieces.size)
@@ -146,7 +154,7 @@ def _views(
     lead = chosen.take(first)
     bytes_ = size * tokens.take(lead) * problem.token_bytes
     calls = np.maximum(IN_PLACE_BYTES * size // bytes_, 1)
-    calls = np.minimum(calls, np.maximum(MAX_QUERIES // num_rows.take(lead), 1))
+    calls = np.minimum(calls, np.maximum(most_queries(problem) // num_rows.take(lead), 1))
     behind = np.zeros(len(block), np.int64)
     np.subtract(block[1:], block[:-1], out=behind[:-1])
     step = behind.take(first)
@@ -230,7 +238,8 @@ def _gathers(
         first = _firsts(np.where(cheap.repeat(count), of_one, shape))
         count = _sizes(first, len(key))
         tokens, queries = _most(kv_len, first), _most(num_rows, first)
-    limit = np.minimum(GATHER_BYTES // (tokens * problem.token_bytes), MAX_QUERIES // queries)
+    by_bytes = GATHER_BYTES // (tokens * problem.token_bytes)
+    limit = np.minimum(by_bytes, most_queries(problem) // queries)
     calls = cut(count, np.maximum(limit, 1))
     begin = first.take(calls.source) + calls.begin
     most, whole_blocks = _most(kv_len, begin), whole_blocks.take(begin)

@@ -11,7 +11,7 @@ from attention.forest import Int64Array
 from attention.problem import Problem
 from attention.reserve import check_reserve, grown_segments
 from attention.segments import Segments
-from attention.torch_backend.batches import GATHER_BYTES, MAX_QUERIES
+from attention.torch_backend.batches import GATHER_BYTES, most_queries
 from attention.torch_backend.groups import Gathered, Group, additive
 
 
@@ -99,7 +99,8 @@ class Tail:
     def _groups_of(self, part: _Part) -> list[Group]:
         """The calls for the rows of a part, as many rows each as a call may gather."""
         tokens, count = self._tokens, len(part.query)
-        size = max(1, min(GATHER_BYTES // (tokens * self._problem.token_bytes), MAX_QUERIES))
+        problem = self._problem
+        size = max(1, min(GATHER_BYTES // (tokens * problem.token_bytes), most_queries(problem)))
         mask = self._mask(part.first_position)
         ids, weight = part.ids[:tokens].t(), part.log_weight
         groups = []

@@ -29,8 +29,8 @@ def check_reserve(problem: Problem, segments: Segments, reserve: int) -> None:
             f"reserve is {reserve} for {queries} queries of {len(segments.run_end)} sequences in "
             f"{rows} places, expected 0: only sequences with one query in one place advance"
         )
-    if int((segments.row_end - segments.row_begin).sum()) > rows:
-        return  # a tree, in which a sequence's only query is on the last token of its path
+    if segments.on_paths:
+        return  # where a sequence's only query is on the last token of its path
     low, _ = extremes(segments.position, segments.row_begin, segments.row_end)
     end = segments.start + segments.length
     hidden = end > low + 1

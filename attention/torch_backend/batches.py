@@ -12,11 +12,13 @@ from attention.torch_backend.items import BoolArray, WorkItems
 from attention.torch_backend.places import places_of
 
 # Bounds of what one call holds: KV gathered (K and V together), KV read in place, tokens of an
-# item, queries.
+# item, queries, their results. Larger results leave the cache before they are merged, and the
+# memory for them goes back to the system between calls.
 GATHER_BYTES = 4 << 20
 IN_PLACE_BYTES = 64 << 20
 KV_TILE = 2048
 MAX_QUERIES = 1024
+RESULT_BYTES = 4 << 20
 # From this size on, KV is read in place: a call costs less than the copy.
 WORTH_A_CALL = 256 << 10
 # The fused CPU kernel takes up to twice as long on a number of tokens not a multiple of this, if
@@ -27,6 +29,12 @@ FEW_QUERIES = 16
 # A call costs about as much as to gather and attend to this much padding.
 CALL_BYTES = 512 << 10
 CALL_FLOPS = 16 << 20
+
+
+def most_queries(problem: Problem) -> int:
+    """Queries of a call."""
+    query_bytes = problem.num_q_heads * problem.value_head_dim * problem.precision.itemsize
+    return min(max(RESULT_BYTES // query_bytes, 1), MAX_QUERIES)
 
 
 class Batches(NamedTuple):
@@ -71,23 +79,29 @@ class Gathers(NamedTuple):
 
 
 def make_batches(
-    problem: Problem, segments: Segments, items: WorkItems, kind: Int64Array
-) -> tuple[Views, Gathers]:
-    """Cut items to the bounds of a call and batch them.
+    problem: Problem, segments: Segments, items: WorkItems, kind: Int64Array | None
+) -> tuple[Views | None, Gathers | None]:
+    """Cut items to the bounds of a call and batch them: what is read in place, what is gathered.
 
     Args:
-        kind: int64 [M], segments of another kind share no call.
+        kind: int64 [M], segments of another kind share no call; None: all are of one.
     """
-    items = _cut_queries(items)
+    if not len(items.segment):
+        return None, None
+    items = _cut_queries(items, most_queries(problem))
     views, left = _views(problem, segments, items, kind)
-    gathered = _cut_tokens(items.take(left), segments.block_size)
+    if left is None:
+        return views, None
+    if views is not None:
+        items = items.take(left)
+    gathered = _cut_tokens(items, segments.block_size)
     return views, _gathers(problem, segments, gathered, kind)
 
 
-def _cut_queries(items: WorkItems) -> WorkItems:
-    if not (items.num_rows > MAX_QUERIES).any():
+def _cut_queries(items: WorkItems, most: int) -> WorkItems:
+    if not np.count_nonzero(items.num_rows > most):
         return items
-    pieces = cut(items.num_rows, MAX_QUERIES)
+    pieces = cut(items.num_rows, most)
     items = items.take(pieces.source)
     row_begin = items.row_begin + pieces.begin
     return items._replace(row_begin=row_begin, row_end=row_begin + pieces.size)
@@ -108,114 +122,137 @@ def _cut_tokens(items: WorkItems, block_size: int) -> WorkItems:
 
 
 def _views(
-    problem: Problem, segments: Segments, items: WorkItems, kind: Int64Array
-) -> tuple[Views, Int64Array]:
-    """What is read in place, and the indices of the other items."""
+    problem: Problem, segments: Segments, items: WorkItems, kind: Int64Array | None
+) -> tuple[Views | None, Int64Array | None]:
+    """What is read in place, and the indices of the other items; None where there is nothing."""
     places = places_of(segments, items)
     num_rows, tokens = items.num_rows, items.kv_len
     viewable = places.contiguous
     if problem.layout == "HND" and segments.block_size > 1:
         # The tokens of a head lie at one stride inside a block only.
         viewable &= places.offset + tokens <= segments.block_size
-    viewable &= (tokens % KV_STEP == 0) | (tokens >= KV_BLOCK) | (num_rows <= FEW_QUERIES)
-    chosen = np.flatnonzero(viewable)
+    aligned = tokens & (KV_STEP - 1) == 0
+    viewable &= aligned | (tokens >= KV_BLOCK) | (num_rows <= FEW_QUERIES)
+    (chosen,) = viewable.nonzero()
+    if not len(chosen):
+        return None, np.arange(len(viewable))
 
     # Equal shapes side by side, in the order of their blocks.
-    shape = np.stack(
-        (
-            items.round * 2 + items.masked,
-            kind[items.segment],
-            num_rows,
-            tokens,
-            places.offset,
-        )
-    )[:, chosen]
-    block = places.block[chosen]
-    order = np.argsort(_mixed(shape) + block, kind="stable")
-    chosen, shape, block = chosen[order], shape[:, order], block[order]
-    first = np.flatnonzero(_begins(shape, block))
-    size = np.diff(first, append=len(chosen))
-    bytes_ = size * tokens[chosen[first]] * problem.token_bytes
-    calls = np.maximum(IN_PLACE_BYTES * size // np.maximum(bytes_, 1), 1)
-    calls = np.minimum(calls, np.maximum(MAX_QUERIES // num_rows[chosen[first]], 1))
+    rounds = items.round * 2
+    rounds += items.masked
+    shape = [rounds, num_rows, tokens, places.offset]
+    if kind is not None:
+        shape.append(kind.take(items.segment))
+    block = places.block
+    if len(chosen) < len(viewable):
+        shape, block = [column.take(chosen) for column in shape], block.take(chosen)
+    order = (_mixed(shape) + block).argsort()
+    chosen, block = chosen.take(order), block.take(order)
+    shape = [column.take(order) for column in shape]
+    (first,) = _begins(shape, block).nonzero()
+    size = _sizes(first, len(chosen))
+    lead = chosen.take(first)
+    bytes_ = size * tokens.take(lead) * problem.token_bytes
+    calls = np.maximum(IN_PLACE_BYTES * size // bytes_, 1)
+    calls = np.minimum(calls, np.maximum(most_queries(problem) // num_rows.take(lead), 1))
+    behind = np.zeros(len(block), np.int64)
+    np.subtract(block[1:], block[:-1], out=behind[:-1])
+    step = behind.take(first)
+    step[size == 1] = 0
+
+    left = None
     worthwhile = bytes_ >= WORTH_A_CALL
-    in_place = np.repeat(worthwhile, size)
-    left = np.ones(len(tokens), np.bool_)
-    left[chosen[in_place]] = False
-
-    step = np.where(size > 1, np.append(block[1:] - block[:-1], 0)[first], 0)
-    pieces = cut(size[worthwhile], calls[worthwhile])
-    chosen, block = chosen[in_place], block[in_place]
-    begin = np.cumsum(pieces.size) - pieces.size
+    if np.count_nonzero(worthwhile) < len(worthwhile) or len(chosen) < len(viewable):
+        in_place = worthwhile.repeat(size)
+        chosen, block = chosen[in_place], block[in_place]
+        size, calls, step = size[worthwhile], calls[worthwhile], step[worthwhile]
+        viewed = np.zeros(len(viewable), np.bool_)
+        viewed[chosen] = True
+        (left,) = (~viewed).nonzero()
+        if not len(chosen):
+            return None, left
+    pieces = cut(size, calls)
+    begin = pieces.size.cumsum()
+    begin -= pieces.size
     items = items.take(chosen)
+    lead = chosen.take(begin)
     return Views(
-        Batches(items, begin, pieces.size, items.num_rows[begin], items.kv_len[begin]),
-        block=block[begin],
-        offset=places.offset[chosen][begin],
-        step=step[worthwhile][pieces.source],
-    ), np.flatnonzero(left)
+        Batches(items, begin, pieces.size, num_rows.take(lead), tokens.take(lead)),
+        block=block.take(begin),
+        offset=places.offset.take(lead),
+        step=step.take(pieces.source),
+    ), left
 
 
-def _mixed(columns: Int64Array) -> Int64Array:
-    """A number for each column of values, in the high bits; columns may collide."""
-    mixed = np.zeros(columns.shape[1], np.int64)
-    for row in columns:
-        mixed = (mixed * 1_000_003 + row) & 0x3FFFFFFF
-    return mixed << 32
+def _mixed(columns: list[Int64Array]) -> Int64Array:
+    """A number for each row of the columns, in the high bits; rows may collide."""
+    mixed = columns[0].copy()
+    for column in columns[1:]:
+        mixed *= 1_000_003
+        mixed += column
+    mixed &= 0x3FFFFFFF
+    mixed <<= 32
+    return mixed
 
 
-def _begins(shape: Int64Array, block: Int64Array) -> BoolArray:
+def _begins(shape: list[Int64Array], block: Int64Array) -> BoolArray:
     """Where sorted items are of another shape, or of another step, than those before them."""
-    other = np.ones(len(block), np.bool_)
-    other[1:] = (shape[:, 1:] != shape[:, :-1]).any(axis=0)
-    step = np.diff(block, prepend=0)
-    bends = np.diff(step, prepend=0) != 0
+    other, bends = np.ones(len(block), np.bool_), np.ones(len(block), np.bool_)
+    others = other[1:]
+    np.not_equal(shape[0][1:], shape[0][:-1], out=others)
+    for column in shape[1:]:
+        others |= column[1:] != column[:-1]
+    step = block[1:] - block[:-1]
+    np.not_equal(step[1:], step[:-1], out=bends[2:])
     # A bend begins a run, unless it is the second item of one, which is free to set the step: of
     # bends side by side, every other one.
-    steady = other | ~bends
+    unsteady = bends > other
+    if not np.count_nonzero(unsteady[1:] > other[:-1]):
+        return other
     place = np.arange(len(block))
-    last_steady = np.maximum.accumulate(np.where(steady, place, 0))
-    begins: BoolArray = other | (~steady & ((place - last_steady) % 2 != other[last_steady]))
+    last_steady = np.maximum.accumulate(np.where(unsteady, 0, place))
+    behind = place - last_steady
+    behind &= 1
+    begins: BoolArray = other | (unsteady & (behind != other.take(last_steady)))
     return begins
 
 
-def _gathers(problem: Problem, segments: Segments, items: WorkItems, kind: Int64Array) -> Gathers:
+def _gathers(
+    problem: Problem, segments: Segments, items: WorkItems, kind: Int64Array | None
+) -> Gathers:
     whole_blocks = _in_whole_blocks(segments, items)
     key = _shape_key(items, kind, whole_blocks)
-    by_key = np.argsort(key, kind="stable")
-    key, items, whole_blocks = key[by_key], items.take(by_key), whole_blocks[by_key]
+    by_key = key.argsort(kind="stable")
+    key, items, whole_blocks = key.take(by_key), items.take(by_key), whole_blocks.take(by_key)
     num_rows, kv_len = items.num_rows, items.kv_len
 
-    kind, shape = key >> _SHAPE_BITS, key >> _KV_BITS
-    first = _firsts(kind)
-    count = np.diff(first, append=len(kind))
+    of_one, shape = key >> _SHAPE_BITS, key >> _KV_BITS
+    first = _firsts(of_one)
+    count = _sizes(first, len(key))
     tokens, queries = _most(kv_len, first), _most(num_rows, first)
-    padding = count * tokens - _total(kv_len, first)
-    idle = count * tokens * queries - _total(kv_len * num_rows, first)
+    padding = count * tokens - np.add.reduceat(kv_len, first)
+    idle = count * tokens * queries - np.add.reduceat(kv_len * num_rows, first)
     cheap = padding * problem.token_bytes <= CALL_BYTES
     cheap &= idle * problem.pair_flops <= CALL_FLOPS
-    shape = np.where(np.repeat(cheap, count), kind, shape)
-
-    first = _firsts(shape)
-    count = np.diff(first, append=len(shape))
-    tokens, queries = _most(kv_len, first), _most(num_rows, first)
-    limit = GATHER_BYTES // np.maximum(tokens * problem.token_bytes, 1)
-    limit = np.minimum(limit, MAX_QUERIES // np.maximum(queries, 1))
+    if np.count_nonzero(cheap) < len(cheap):
+        first = _firsts(np.where(cheap.repeat(count), of_one, shape))
+        count = _sizes(first, len(key))
+        tokens, queries = _most(kv_len, first), _most(num_rows, first)
+    by_bytes = GATHER_BYTES // (tokens * problem.token_bytes)
+    limit = np.minimum(by_bytes, most_queries(problem) // queries)
     calls = cut(count, np.maximum(limit, 1))
-    begin = first[calls.source] + calls.begin
-    tokens = _most(kv_len, begin)
-    rounded = _round_up(tokens, KV_STEP)
-    tokens = np.where(rounded - tokens <= tokens >> 3, rounded, tokens)
-    whole_blocks = whole_blocks[begin]
-    blocks = _round_up(_most(kv_len, begin), segments.block_size)
-    tokens = np.where(whole_blocks, blocks, tokens)
+    begin = first.take(calls.source) + calls.begin
+    most, whole_blocks = _most(kv_len, begin), whole_blocks.take(begin)
+    rounded = _round_up(most, KV_STEP)
+    tokens = np.where(rounded - most <= most >> 3, rounded, most)
+    tokens = np.where(whole_blocks, _round_up(most, segments.block_size), tokens)
     return Gathers(Batches(items, begin, calls.size, _most(num_rows, begin), tokens), whole_blocks)
 
 
 def _in_whole_blocks(segments: Segments, items: WorkItems) -> BoolArray:
     """Items that begin on a block and end on one, or waste little of the last one."""
     block_size = segments.block_size
-    begin = segments.offset[items.segment] + items.kv_begin
+    begin = segments.offset.take(items.segment) + items.kv_begin
     waste = -items.kv_len % block_size
     chosen: BoolArray = (begin % block_size == 0) & (waste <= items.kv_len >> 3)
     return chosen & (block_size > 1)
@@ -223,19 +260,24 @@ def _in_whole_blocks(segments: Segments, items: WorkItems) -> BoolArray:
 
 def _firsts(values: Int64Array) -> Int64Array:
     """Where runs of equal values begin."""
-    firsts: Int64Array = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    begins = np.ones(len(values), np.bool_)
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    firsts: Int64Array = begins.nonzero()[0]
     return firsts
 
 
+def _sizes(first: Int64Array, end: int) -> Int64Array:
+    """Sizes of the runs that begin at `first`, the last one of which ends at `end`."""
+    sizes = np.empty_like(first)
+    np.subtract(first[1:], first[:-1], out=sizes[:-1])
+    sizes[-1] = end - first[-1]
+    return sizes
+
+
 def _most(values: Int64Array, first: Int64Array) -> Int64Array:
-    """The maximum of each run of values; of none where there is no run."""
-    most: Int64Array = np.maximum.reduceat(values, first) if len(first) else first
+    """The maximum of each run of values."""
+    most: Int64Array = np.maximum.reduceat(values, first)
     return most
-
-
-def _total(values: Int64Array, first: Int64Array) -> Int64Array:
-    total: Int64Array = np.add.reduceat(values, first) if len(first) else first
-    return total
 
 
 # Fields of the shape key from the lowest: tokens; padded tokens and padded queries; the kind.
@@ -244,19 +286,24 @@ _QUERY_BITS = MAX_QUERIES.bit_length()
 _SHAPE_BITS = 2 * _KV_BITS + _QUERY_BITS
 
 
-def _shape_key(items: WorkItems, kind: Int64Array, whole_blocks: BoolArray) -> Int64Array:
+def _shape_key(items: WorkItems, kind: Int64Array | None, whole_blocks: BoolArray) -> Int64Array:
     """Sorts items by what they may share a call with, those of one shape by their tokens."""
     num_rows = items.num_rows
     # Padding costs up to a quarter of the tokens; few queries cost little, so up to half of them.
     octave = _octave(num_rows)
     query_step = np.where(num_rows > 64, octave >> 2, octave)
     token_step = np.maximum(_octave(items.kv_len) >> 2, KV_STEP)
-    key = items.round * (kind.max() + 1) + kind[items.segment]
+    key = items.round
+    if kind is not None:
+        key = key * (kind.max() + 1) + kind.take(items.segment)
     key = key * 4 + 2 * items.masked + whole_blocks
-    key = (key << _QUERY_BITS) + _round_up(num_rows, query_step)
-    key = (key << _KV_BITS) + _round_up(items.kv_len, token_step)
-    shape_key: Int64Array = (key << _KV_BITS) + items.kv_len
-    return shape_key
+    key <<= _QUERY_BITS
+    key += _round_up(num_rows, query_step)
+    key <<= _KV_BITS
+    key += _round_up(items.kv_len, token_step)
+    key <<= _KV_BITS
+    key += items.kv_len
+    return key
 
 
 def _octave(size: Int64Array) -> Int64Array:

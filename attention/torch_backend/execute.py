@@ -8,7 +8,7 @@ from attention.algebra import Partial, merge_
 from attention.options import RunOptions
 from attention.problem import FLOAT8_DTYPES, Problem
 from attention.torch_backend.groups import Group
-from attention.torch_backend.kv import tokens_of
+from attention.torch_backend.kv import Caches, caches_of, tokens_of
 from attention.torch_backend.softmax import Bias, softmax
 
 
@@ -18,7 +18,7 @@ class Layer(NamedTuple):
     Attributes:
         q: [N, Hkv, group, d], query heads that share a KV head side by side.
         position: int64 [N].
-        k_cache, v_cache: [num_blocks, block_size, Hkv, d], of any strides; float8 as bytes.
+        caches: K and V; float8 as bytes.
         kv_dtype: of the caches.
         scale, softcap: see `attention.run`; k_scale is in the scale or in q.
         slopes: [Hkv, group] in the precision of the logits, or None for 0.
@@ -26,19 +26,11 @@ class Layer(NamedTuple):
 
     q: torch.Tensor
     position: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
+    caches: Caches
     kv_dtype: torch.dtype
     scale: float
     softcap: float | None
     slopes: torch.Tensor | None
-
-    @property
-    def latent(self) -> bool:
-        """Values are the first columns of the keys."""
-        k, v = self.k_cache, self.v_cache
-        same = k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
-        return same and v.shape[3] <= k.shape[3]
 
 
 def layer_of(
@@ -65,7 +57,8 @@ def layer_of(
     slopes = options.alibi_slopes
     if slopes is not None:
         slopes = slopes.to(problem.precision).view(problem.num_kv_heads, problem.group)
-    return Layer(q, position, k_cache, v_cache, problem.kv_dtype, scale, options.softcap, slopes)
+    caches = caches_of(k_cache, v_cache)
+    return Layer(q, position, caches, problem.kv_dtype, scale, options.softcap, slopes)
 
 
 def execute(problem: Problem, groups: list[Group], layer: Layer) -> Partial:
@@ -114,22 +107,25 @@ def _query_range(group: Group) -> slice:
 
 def attend(group: Group, layer: Layer) -> Partial:
     """Partials of a group's rows: o [size * queries, Hkv, group, d] and lse without d."""
-    size, queries = group.size, group.queries
+    size, queries, q = group.size, group.queries, layer.q
     if group.query_index is not None:
-        q = layer.q.index_select(0, group.query_index)
-    else:
-        q = layer.q[_query_range(group)]
+        q = q.index_select(0, group.query_index)
+    elif size * queries < len(q):
+        q = q[_query_range(group)]
     _, kv_heads, per_head, head_dim = q.shape
-    # All query heads of a KV head are rows of one matrix: [size, Hkv, queries * group, d].
-    q = q.reshape(size, queries, kv_heads, per_head, head_dim).transpose(1, 2).flatten(2, 3)
-    k = tokens_of(layer.k_cache, group).view(layer.kv_dtype)
-    v = k if layer.latent else tokens_of(layer.v_cache, group).view(layer.kv_dtype)
-    width, scale = layer.v_cache.shape[3], layer.scale / group.temperature
-    part = softmax(q, k, v, width, _bias(group, layer), scale, layer.softcap)
-
-    rows = (size, kv_heads, queries, per_head)
-    o = part.o.reshape(*rows, width).transpose(1, 2).flatten(0, 1)
-    lse = part.lse.reshape(rows).transpose(1, 2).flatten(0, 1)
+    if queries > 1:
+        # All query heads of a KV head are rows of one matrix: [size, Hkv, queries * group, d].
+        q = q.reshape(size, queries, kv_heads, per_head, head_dim).transpose(1, 2).flatten(2, 3)
+    k, v = tokens_of(layer.caches, group)
+    if k.dtype != layer.kv_dtype:
+        latent, k = v is k, k.view(layer.kv_dtype)
+        v = k if latent else v.view(layer.kv_dtype)
+    width, scale = layer.caches.v.shape[3], layer.scale / group.temperature
+    o, lse = softmax(q, k, v, width, _bias(group, layer), scale, layer.softcap)
+    if queries > 1:
+        rows = (size, kv_heads, queries, per_head)
+        o = o.reshape(*rows, width).transpose(1, 2).flatten(0, 1)
+        lse = lse.reshape(rows).transpose(1, 2).flatten(0, 1)
     return Partial(o.to(lse.dtype), _shifted(group, layer, lse))
 
 

@@ -31,20 +31,40 @@ class InPlace(NamedTuple):
     step: int
 
 
+class Rows(NamedTuple):
+    """Rows of a cache that hold the tokens of a call.
+
+    Attributes:
+        chosen: int64, those that are to be gathered.
+        blank: int64, where in what was gathered `Gathered.blank` lies, or None.
+        num_rows, width, step: of all of the cache: elements of one, and from each to the next.
+        heads_together: a row has all heads of its tokens; else an item's heads follow each other.
+    """
+
+    chosen: torch.Tensor
+    blank: torch.Tensor | None
+    num_rows: int
+    width: int
+    step: int
+    heads_together: bool
+
+
 class Gathered(NamedTuple):
     """KV at slots, or in whole blocks.
 
     Attributes:
-        ids: int64, slots [size * tokens], or ids of blocks that the tokens fill; those of one item
-            where all items read the same.
+        ids: int64 [size, tokens], slots, or [size, tokens / unit], blocks that the tokens fill, of
+            any strides; one row where all items read the same.
         unit: tokens at each: 1 or the block size.
         blank: int64, tokens [size * tokens] that lie behind the end of their item in its last
             blocks, where anything may be written; None where there is none.
+        known: for caches of some shape and strides the rows, as far as they have been asked for.
     """
 
     ids: torch.Tensor
     unit: int
     blank: torch.Tensor | None
+    known: dict[tuple[int, ...], Rows]
 
 
 class Group(NamedTuple):
@@ -78,7 +98,11 @@ class Group(NamedTuple):
 
 
 def make_groups(
-    problem: Problem, segments: Segments, query: Int64Array, views: Views, gathers: Gathers
+    problem: Problem,
+    segments: Segments,
+    query: Int64Array,
+    views: Views | None,
+    gathers: Gathers | None,
 ) -> list[Group]:
     """Make the index tensors of all batches on the problem's device.
 
@@ -86,10 +110,13 @@ def make_groups(
         query: int64 [R], the number by which a row's query goes in the groups; ascending in the
             rows of a segment.
     """
-    return [
-        *_groups(problem, segments, query, views.batches, _in_place(views)),
-        *_groups(problem, segments, query, gathers.batches, _gathered(problem, segments, gathers)),
-    ]
+    groups = []
+    if views is not None:
+        groups = _groups(problem, segments, query, views.batches, _in_place(views))
+    if gathers is not None:
+        kv = _gathered(problem, segments, gathers)
+        groups += _groups(problem, segments, query, gathers.batches, kv)
+    return groups
 
 
 def _in_place(views: Views) -> list[InPlace]:
@@ -99,18 +126,17 @@ def _in_place(views: Views) -> list[InPlace]:
 
 def _gathered(problem: Problem, segments: Segments, gathers: Gathers) -> list[Gathered]:
     batches, whole_blocks = gathers
-    of_item = np.repeat(whole_blocks, batches.size)
-    padded = np.repeat(batches.tokens, batches.size)
-    slots = slots_of(segments, batches.items.take(np.flatnonzero(~of_item)), padded[~of_item])
-    blocks = blocks_of(
-        segments,
-        batches.items.take(np.flatnonzero(of_item)),
-        padded[of_item] // segments.block_size,
-    )
-    index = {
-        False: torch.from_numpy(slots).to(problem.device),
-        True: torch.from_numpy(blocks).to(problem.device),
-    }
+    of_item, padded = whole_blocks.repeat(batches.size), batches.tokens.repeat(batches.size)
+    ids: dict[bool, torch.Tensor] = {}
+    for whole in (False, True):
+        (some,) = (of_item == whole).nonzero()
+        if len(some):
+            units, items = padded.take(some), batches.items.take(some)
+            if whole:
+                where = blocks_of(segments, items, units // segments.block_size)
+            else:
+                where = slots_of(segments, items, units)
+            ids[whole] = torch.from_numpy(where).to(problem.device)
     gathered = []
     done = {False: 0, True: 0}
     for whole, begin, size, tokens in zip(
@@ -130,7 +156,7 @@ def _gathered(problem: Problem, segments: Segments, gathers: Gathers) -> list[Ga
             behind = np.flatnonzero(np.arange(tokens) >= kv_len[:, None])
             if len(behind):
                 blank = torch.from_numpy(behind).to(problem.device)
-        gathered.append(Gathered(index[whole][of], unit, blank))
+        gathered.append(Gathered(ids[whole][of].view(size, -1), unit, blank, {}))
     return gathered
 
 
@@ -141,15 +167,13 @@ def _groups(
     batches: Batches,
     kv: list[InPlace] | list[Gathered],
 ) -> list[Group]:
-    if not kv:
-        return []
     items = batches.items
-    first_query = query[items.row_begin]
-    consecutive = _consecutive(batches, first_query, query[items.row_end - 1] + 1)
-    first_position = segments.start[items.segment] + items.kv_begin
-    positions = torch.from_numpy(first_position).to(problem.device)
-    first_query = first_query[batches.begin].tolist()
-    masked = items.masked[batches.begin].tolist()
+    first_row = query.take(items.row_begin)
+    consecutive = _consecutive(batches, first_row, query.take(items.row_end - 1) + 1)
+    first_position = segments.start.take(items.segment) + items.kv_begin
+    positions = torch.from_numpy(first_position).to(problem.device).split(batches.size.tolist())
+    first_query = first_row.take(batches.begin).tolist()
+    masked = items.masked.take(batches.begin).tolist()
     ragged = (np.minimum.reduceat(items.kv_len, batches.begin) < batches.tokens).tolist()
 
     groups = []
@@ -167,7 +191,7 @@ def _groups(
             query_index=None,
             rows=None,
             targets=None,
-            first_position=positions[of_items],
+            first_position=positions[index],
             temperature=_shared(segments.temperature, items, begin, 1.0),
             log_weight=_each(problem, segments.log_weight, items, of_items),
         )
@@ -175,7 +199,8 @@ def _groups(
             seen = np.arange(tokens) < items.kv_len[of_items, None]
             group = group._replace(mask=additive(problem, seen[:, None]))
         if not consecutive[index] or masked[index]:
-            group = _with_rows(problem, segments, query, items.take(of_items), group)
+            some = items.take(np.arange(begin, begin + size))
+            group = _with_rows(problem, segments, query, some, group)
         groups.append(group)
     return groups
 
@@ -207,9 +232,10 @@ def _consecutive(batches: Batches, first: Int64Array, last: Int64Array) -> list[
 
     first, last: int64 [I], first query of each item and the one behind its last.
     """
-    follows = np.append(True, first[1:] == last[:-1])
+    follows = np.ones(len(first), np.bool_)
+    np.equal(first[1:], last[:-1], out=follows[1:])
     follows[batches.begin] = True
-    follows &= last - first == np.repeat(batches.queries, batches.size)
+    follows &= last - first == batches.queries.repeat(batches.size)
     consecutive: list[bool] = np.logical_and.reduceat(follows, batches.begin).tolist()
     return consecutive
 

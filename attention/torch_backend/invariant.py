@@ -200,7 +200,7 @@ def _group(
         size=len(row),
         queries=1,
         tokens=CHUNK,
-        kv=Gathered(tensor(ids.ravel()), 1, None),
+        kv=Gathered(tensor(ids), 1, None, {}),
         mask=additive(problem, seen[:, None]),
         first_query=None,
         query_index=tensor(query[row]),

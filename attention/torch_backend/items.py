@@ -50,16 +50,16 @@ class WorkItems(NamedTuple):
         """int64 [I], queries of each item."""
         return self.row_end - self.row_begin
 
-    def take(self, index: Int64Array | slice) -> "WorkItems":
+    def take(self, index: Int64Array) -> "WorkItems":
         """The items at `index`, in its order."""
         return WorkItems(
-            segment=self.segment[index],
-            kv_begin=self.kv_begin[index],
-            kv_len=self.kv_len[index],
-            row_begin=self.row_begin[index],
-            row_end=self.row_end[index],
-            masked=self.masked[index],
-            round=self.round[index],
+            segment=self.segment.take(index),
+            kv_begin=self.kv_begin.take(index),
+            kv_len=self.kv_len.take(index),
+            row_begin=self.row_begin.take(index),
+            row_end=self.row_end.take(index),
+            masked=self.masked.take(index),
+            round=self.round.take(index),
         )
 
 

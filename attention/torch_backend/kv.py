@@ -1,24 +1,74 @@
-"""K or V of a group's tokens from a cache of any strides: a view where it can be one."""
+"""K and V of a group's tokens from caches of any strides: views where they can be."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from attention.torch_backend.groups import Gathered, Group, InPlace
+from attention.torch_backend.groups import Gathered, Group, InPlace, Rows
+from attention.torch_backend.scratch import scratch
 
 
-def tokens_of(cache: torch.Tensor, group: Group) -> torch.Tensor:
-    """K or V [size, Hkv, tokens, d] of a group, from a cache [num_blocks, block_size, Hkv, d]."""
-    if isinstance(group.kv, InPlace):
-        view = _view(cache, group.kv, group.size, group.tokens)
-        if view is not None:
-            return view
-        index = _slots(group.kv, group.size, group.tokens, cache)
-        return _gather(cache, Gathered(index, 1, None), group.size, group.tokens)
-    # Tokens of one item are those of all.
-    items = len(group.kv.ids) * group.kv.unit // group.tokens
-    gathered = _gather(cache, group.kv, items, group.tokens)
-    return gathered.expand(group.size, -1, -1, -1)
+class Caches(NamedTuple):
+    """K and V of one layer.
+
+    Attributes:
+        k, v: [num_blocks, block_size, Hkv, d], of any strides.
+        both: [num_blocks, block_size, Hkv, width], where a token's K and V of a head lie in one
+            row: K is its first columns; None where they lie apart.
+        v_begin: the first column of V in it.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    both: torch.Tensor | None
+    v_begin: int
+
+
+def caches_of(k: torch.Tensor, v: torch.Tensor) -> Caches:
+    """The caches of a layer, [num_blocks, block_size, Hkv, d] of any strides."""
+    alike = k.stride() == v.stride() and k.shape[:3] == v.shape[:3]
+    if not alike or k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr():
+        return Caches(k, v, None, 0)
+    begin = int(v.storage_offset()) - int(k.storage_offset())
+    end = max(begin + v.shape[3], k.shape[3])
+    steps = [step for step, size in zip(k.stride(), k.shape[:3], strict=False) if size > 1]
+    if begin < 0 or end > min(steps, default=end) or end > k.shape[3] + v.shape[3]:
+        return Caches(k, v, None, 0)
+    return Caches(k, v, k.as_strided((*k.shape[:3], end), k.stride()), begin)
+
+
+def tokens_of(caches: Caches, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [size, Hkv, tokens, d] of a group; one tensor, as wide as K, if V is its first part.
+
+    They may lie in memory that the next call for tokens writes to.
+    """
+    k, v, both, v_begin = caches
+    latent = both is not None and v_begin == 0 and v.shape[3] <= k.shape[3]
+    where = group.kv
+    if isinstance(where, InPlace):
+        keys = _view(k, where, group.size, group.tokens)
+        values = keys if latent else _view(v, where, group.size, group.tokens)
+        if keys is not None and values is not None:
+            return keys, values
+        where = Gathered(_slots(where, group.size, group.tokens, k), 1, None, {})
+    if both is not None:
+        (rows,) = _gather([both], where, group.tokens, 0)
+        rows = _to_all(rows, group)
+        keys = rows[..., : k.shape[3]]
+        return keys, keys if latent else rows[..., v_begin : v_begin + v.shape[3]]
+    if k.stride() == v.stride() and k.shape == v.shape:
+        keys, values = _gather([k, v], where, group.tokens, 0)
+    else:
+        (keys,), (values,) = (
+            _gather([cache], where, group.tokens, number) for number, cache in enumerate((k, v))
+        )
+    return _to_all(keys, group), _to_all(values, group)
+
+
+def _to_all(gathered: torch.Tensor, group: Group) -> torch.Tensor:
+    """Where all items of a group read the same tokens, these are gathered once."""
+    return gathered if len(gathered) == group.size else gathered.expand(group.size, -1, -1, -1)
 
 
 def _view(cache: torch.Tensor, where: InPlace, size: int, tokens: int) -> torch.Tensor | None:
@@ -40,60 +90,69 @@ def _slots(where: InPlace, size: int, tokens: int, cache: torch.Tensor) -> torch
     block_size = cache.shape[1]
     first = where.block * block_size + where.offset
     items = torch.arange(size, device=cache.device) * (where.step * block_size) + first
-    return (items[:, None] + torch.arange(tokens, device=cache.device)).flatten()
+    return items[:, None] + torch.arange(tokens, device=cache.device)
 
 
-def _gather(cache: torch.Tensor, where: Gathered, size: int, tokens: int) -> torch.Tensor:
-    """index_select copies whole rows, several times as fast as indexing in two dimensions.
+def _gather(
+    caches: list[torch.Tensor], where: Gathered, tokens: int, number: int
+) -> list[torch.Tensor]:
+    """Tokens of caches of one shape and equal strides, into the scratch buffers from `number` on.
 
-    So the cache, whatever its strides, becomes rows at their greatest common stride. A row is a
-    block, or a block's part of a head, where whole blocks are asked for and their tokens lie side
-    by side; else it is a slot, or a slot's part of a head.
+    index_select copies whole rows, several times as fast as indexing in two dimensions. So a cache,
+    whatever its strides, becomes rows at their greatest common stride. A row is a block, or a
+    block's part of a head, where whole blocks are asked for and their tokens lie side by side; else
+    it is a slot, or a slot's part of a head.
     """
-    _, block_size, heads, head_dim = cache.shape
-    index, unit = where.ids, where.unit
-    _, by_slot, by_head, _ = cache.stride()
-    heads_together = by_head == head_dim
-    if unit > 1 and by_slot != (heads * head_dim if heads_together else head_dim):
-        slot = torch.arange(block_size, device=cache.device)
-        index, unit = (index[:, None] * block_size + slot).flatten(), 1
-    width = unit * head_dim * (heads if heads_together else 1)
-    rows, index = _rows(cache, index, unit, width, heads_together)
-    if heads_together:
-        gathered = rows.index_select(0, index).view(size * tokens, heads, head_dim)
-        if where.blank is not None:
-            gathered.index_fill_(0, where.blank, 0)
-        return gathered.view(size, tokens, heads, head_dim).transpose(1, 2)
-    index = index.view(size, tokens // unit, heads).transpose(1, 2).flatten()
-    gathered = rows.index_select(0, index).view(size, heads, tokens, head_dim)
-    if where.blank is not None:
-        item, token = where.blank // tokens, where.blank % tokens
-        of_head = torch.arange(heads, device=cache.device) * tokens
-        blank = (item * (heads * tokens) + token)[:, None] + of_head
-        gathered.view(-1, head_dim).index_fill_(0, blank.flatten(), 0)
+    shape, strides = caches[0].shape, caches[0].stride()
+    # Layers have caches alike.
+    kind = (*shape, *strides)
+    rows = where.known.get(kind)
+    if rows is None:
+        rows = where.known[kind] = _rows(caches[0], where, tokens)
+    size, (_, _, heads, head_dim) = len(where.ids), shape
+    gathered = []
+    for one, cache in enumerate(caches, number):
+        source = cache.as_strided((rows.num_rows, rows.width), (rows.step, 1))
+        copy = scratch(one, len(rows.chosen), source)
+        torch.index_select(source, 0, rows.chosen, out=copy)
+        if rows.heads_together:
+            if rows.blank is not None:
+                copy.view(-1, heads, head_dim).index_fill_(0, rows.blank, 0)
+            gathered.append(copy.view(size, tokens, heads, head_dim).transpose(1, 2))
+        else:
+            if rows.blank is not None:
+                copy.view(-1, head_dim).index_fill_(0, rows.blank, 0)
+            gathered.append(copy.view(size, heads, tokens, head_dim))
     return gathered
 
 
-def _rows(
-    cache: torch.Tensor, index: torch.Tensor, unit: int, width: int, heads_together: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cache as rows of `width`, and the rows of each unit (and of each of its heads)."""
-    num_blocks, block_size, heads, _ = cache.shape
+def _rows(cache: torch.Tensor, where: Gathered, tokens: int) -> Rows:
+    """The cache as rows, and those that are to be gathered."""
+    _, block_size, heads, head_dim = cache.shape
     by_block, by_slot, by_head, _ = cache.stride()
-    strides, last = [by_block], (num_blocks - 1) * by_block
+    size, index, unit = len(where.ids), where.ids.flatten(), where.unit
+    heads_together = by_head == head_dim or heads == 1
+    if unit > 1 and by_slot != (heads * head_dim if heads_together else head_dim):
+        slot = torch.arange(block_size, device=cache.device)
+        index, unit = (index[:, None] * block_size + slot).flatten(), 1
+    strides = [by_block]
     if unit == 1 and block_size > 1:
         strides.append(by_slot)
-        last += (block_size - 1) * by_slot
     if not heads_together:
         strides.append(by_head)
-        last += (heads - 1) * by_head
     step = math.gcd(*strides)
-    rows = cache.as_strided((last // step + 1, width), (step, 1))
     if unit > 1 or block_size == 1:
         index = index * (by_block // step) if by_block != step else index
     elif by_block != block_size * by_slot or step != by_slot:
         index = index // block_size * (by_block // step) + index % block_size * (by_slot // step)
+    width, blank = unit * head_dim * (heads if heads_together else 1), where.blank
     if not heads_together:
-        head = torch.arange(heads, device=cache.device) * (by_head // step)
-        index = index[:, None] + head
-    return rows, index
+        head = torch.arange(heads, device=cache.device)
+        index = index[:, None] + head * (by_head // step)
+        index = index.view(size, tokens // unit, heads).transpose(1, 2).flatten()
+        if blank is not None:
+            blank = blank // tokens * (heads * tokens) + blank % tokens
+            blank = (blank[:, None] + head * tokens).flatten()
+    last = sum((n - 1) * s for n, s in zip(cache.shape[:3], cache.stride(), strict=False))
+    count = (last + head_dim - width) // step + 1
+    return Rows(index, blank, count, width, step, heads_together)

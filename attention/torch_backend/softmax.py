@@ -11,8 +11,12 @@ from attention.torch_backend.batches import KV_TILE
 # Logits (and masks that differ from head to head) held at once.
 MAX_LOGITS = 1 << 20
 
-# Tokens of one item that are read at once where its heads lie between each other, in bfloat16.
-INTERLEAVED_TILE = 512
+# Where heads lie between each other they share pages. An item of so many bytes at least is read in
+# chunks of so many tokens, all heads of one before the next, while they are in reach; but not for
+# more rows than that, unless in bfloat16, where the chunks' results cost more than they save.
+CHUNK = 512
+CHUNKED_BYTES = 4 << 20
+CHUNKED_ROWS = 64
 
 
 class Bias(NamedTuple):
@@ -56,11 +60,12 @@ def softmax(
     """
     compute = _compute_dtype(q)
     direct = softcap is None and bias.slope is None and k.dtype == compute
+    if direct and q.device.type == "cpu":
+        if bias.mask is None and _in_chunks(q, k):
+            return _chunked(q, k, v, width, scale)
+        return _fused(q, k, v, width, bias.mask, scale)
     rows, tokens = q.shape[2], k.shape[2]
     step = tokens if direct else KV_TILE
-    if direct and len(q) == 1 and k.dtype == torch.bfloat16 and k.stride(2) > k.shape[3]:
-        # Heads that lie between each other share pages: all of them while those are in reach.
-        step = INTERLEAVED_TILE
     total: Partial | None = None
     for begin in range(0, tokens, step):
         of = slice(begin, begin + step)
@@ -73,15 +78,62 @@ def softmax(
             added = bias.part(some, of)
             queries = q[:, :, some].to(compute)
             if softcap is None and q.device.type == "cpu":
-                parts.append(_fused(queries, keys, values, width, added, scale))
+                part = _fused(queries, keys, values, width, added, scale)
             else:
-                parts.append(_unfused(queries, keys, values[..., :width], added, scale, softcap))
+                part = _unfused(queries, keys, values[..., :width], added, scale, softcap)
+            if tokens > step and added is not None:
+                part = _where_seen(part, added)
+            parts.append(part)
         part = parts[0]
         if len(parts) > 1:
             part = Partial(torch.cat([p.o for p in parts], 2), torch.cat([p.lse for p in parts], 2))
         total = part if total is None else merge(total, part)
     assert total is not None
     return total
+
+
+def _where_seen(part: Partial, added: torch.Tensor) -> Partial:
+    """The identity for rows that see none of the tokens that `added` was added to the logits of."""
+    unseen = (added == -torch.inf).all(3)
+    return Partial(
+        part.o.masked_fill(unseen.unsqueeze(3), 0.0), part.lse.masked_fill(unseen, -torch.inf)
+    )
+
+
+def _in_chunks(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether to read items chunk by chunk; several only where they are one run of whole chunks."""
+    tokens, by_token = k.shape[2], k.stride(2)
+    if tokens < 2 * CHUNK or by_token == k.shape[3]:
+        return False
+    if q.shape[2] > CHUNKED_ROWS and k.dtype != torch.bfloat16:
+        return False
+    side_by_side = k.stride(0) == tokens * by_token and tokens % CHUNK == 0
+    large = 2 * tokens * by_token * k.itemsize >= CHUNKED_BYTES
+    return large and (len(k) == 1 or side_by_side)
+
+
+def _chunked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, width: int, scale: float
+) -> Partial:
+    """As `softmax`; the chunks of all items are the items of one call."""
+    size, chunks, rest = len(k), k.shape[2] // CHUNK, k.shape[2] % CHUNK
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        by_item = x.stride(2) * CHUNK
+        shape = (size * chunks, x.shape[1], CHUNK, x.shape[3])
+        return x.as_strided(shape, (by_item, *x.stride()[1:]))
+
+    keys = cut(k)
+    queries = q.repeat_interleave(chunks, 0)
+    o, lse = _fused(queries, keys, keys if v is k else cut(v), width, None, scale)
+    o, lse = o.unflatten(0, (size, chunks)), lse.unflatten(0, (size, chunks))
+    if rest:
+        keys = k[:, :, -rest:]
+        last = _fused(q, keys, keys if v is k else v[:, :, -rest:], width, None, scale)
+        o, lse = torch.cat((o, last.o[None]), 1), torch.cat((lse, last.lse[None]), 1)
+    total = torch.logsumexp(lse, 1)
+    weight = torch.exp(lse - total.unsqueeze(1))
+    return Partial((o * weight.unsqueeze(4)).sum(1), total)
 
 
 def _compute_dtype(q: torch.Tensor) -> torch.dtype:
@@ -114,11 +166,16 @@ def _fused(
         q = q.repeat(1, 1, 2, 1)
     # It takes keys and values of one width only.
     widest = max(k.shape[3], v.shape[3])
-    q, k, v = (F.pad(x, (0, widest - x.shape[3])) if x.shape[3] < widest else x for x in (q, k, v))
+    if k.shape[3] < widest or v.shape[3] < widest:
+        q, k, v = (F.pad(x, (0, widest - x.shape[3])) for x in (q, k, v))
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, attn_mask=mask, scale=scale
     )
-    return Partial(o[:, :, :rows, :width], lse[:, :, :rows])
+    if o.shape[3] > width:
+        o = o[..., :width]
+    if o.shape[2] > rows:
+        o, lse = o[:, :, :rows], lse[:, :, :rows]
+    return Partial(o, lse)
 
 
 def _unfused(
@@ -137,4 +194,6 @@ def _unfused(
     if mask is not None:
         logits += mask
     lse = torch.logsumexp(logits, dim=3)
-    return Partial(torch.matmul(logits.sub_(lse.unsqueeze(3)).exp_(), v), lse)
+    # Rows that see no token have logits of -inf only, and -inf minus -inf is NaN.
+    top = lse.masked_fill(lse == -torch.inf, 0.0) if mask is not None else lse
+    return Partial(torch.matmul(logits.sub_(top.unsqueeze(3)).exp_(), v), lse)

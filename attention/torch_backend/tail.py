@@ -1,6 +1,6 @@
 """The tokens that sequences have grown by since their plan was made."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,31 @@ from attention.forest import Int64Array
 from attention.problem import Problem
 from attention.reserve import check_reserve, grown_segments
 from attention.segments import Segments
-from attention.torch_backend.batches import GATHER_BYTES, MAX_QUERIES
+from attention.torch_backend.batches import GATHER_BYTES, most_queries
 from attention.torch_backend.groups import Gathered, Group, additive
+
+
+class _Part(NamedTuple):
+    """R' rows whose new tokens have one temperature and weight.
+
+    Attributes:
+        query: int64 [R'], packed place of each row's query.
+        slots: int64 [reserve, R'], of the new tokens, those of one step side by side.
+        ids: the same on the device; on a CPU the very same memory.
+        rows: int64 [R'], None for all.
+        first_position: int64 [R'], position of each row's first new token; and on the device.
+        temperature: of the new tokens.
+        log_weight: [R'] on the device, or None for 0.
+    """
+
+    query: Int64Array
+    slots: Int64Array
+    ids: torch.Tensor
+    rows: torch.Tensor | None
+    first_position: Int64Array
+    positions: torch.Tensor
+    temperature: float
+    log_weight: torch.Tensor | None
 
 
 class Tail:
@@ -21,7 +44,6 @@ class Tail:
     All rows grow together, so there are as many tokens for each: no padding and no mask.
 
     Attributes:
-        groups: the batched calls that attend to them.
         position: int64 [R], positions of the rows' queries.
     """
 
@@ -31,13 +53,19 @@ class Tail:
         Raises PlanMismatch for what `check_reserve` does not let advance.
         """
         check_reserve(problem, segments, reserve)
-        self.groups: list[Group] = []
         self.position = segments.position
         self._problem = problem
-        self._query = segments.query
-        self._slots = np.empty((len(segments.query) if reserve else 0, reserve), np.int64)
-        self._tokens = 0
-        self._parts = _parts(segments) if reserve else []
+        self._num_rows = len(segments.query)
+        self._tokens, self._reserve = 0, reserve
+        self._parts = _parts(problem, segments, reserve) if reserve else []
+        self._groups: list[Group] | None = []
+
+    @property
+    def groups(self) -> list[Group]:
+        """The batched calls that attend to them, made by the first run of a step."""
+        if self._groups is None:
+            self._groups = [group for part in self._parts for group in self._groups_of(part)]
+        return self._groups
 
     def advance(self, slots: npt.NDArray[Any] | torch.Tensor) -> None:
         """Append a token at slots[query] to each row.
@@ -46,61 +74,53 @@ class Tail:
             PlanMismatch: slots are no R integers of at least 0.
             PlanExhausted: as many tokens as were reserved are there. Nothing is changed.
         """
-        reserve = self._slots.shape[1]
-        if self._tokens == reserve:
+        if self._tokens == self._reserve:
             raise PlanExhausted(
                 f"the plan was advanced {self._tokens} times, expected at most its reserve, "
-                f"{reserve}"
+                f"{self._reserve}"
             )
         slots = slots.cpu().numpy() if isinstance(slots, torch.Tensor) else slots
-        if slots.shape != self._query.shape or slots.dtype.kind not in "iu":
+        if slots.shape != (self._num_rows,) or slots.dtype.kind not in "iu":
             raise PlanMismatch(
                 f"slots has shape {slots.shape} and dtype {slots.dtype}, "
-                f"expected {self._query.shape} integers"
+                f"expected {(self._num_rows,)} integers"
             )
         if slots.min() < 0:
             raise PlanMismatch(f"slots has {slots.min()}, expected at least 0")
-        self._slots[:, self._tokens] = slots[self._query]
+        for part in self._parts:
+            new = part.slots[self._tokens]
+            new[:] = slots.take(part.query)
+            if part.ids.device.type != "cpu":
+                part.ids[self._tokens].copy_(torch.from_numpy(new))
         self._tokens += 1
         self.position = self.position + 1
-        self.groups = [group for part in self._parts for group in self._groups(*part)]
+        self._groups = None
 
-    def _groups(
-        self, rows: Int64Array | None, temperature: float, log_weight: float
-    ) -> list[Group]:
-        """The calls for rows (None for all) whose tokens have this temperature and weight."""
-        problem, tokens = self._problem, self._tokens
-        slots = self._slots[:, :tokens] if rows is None else self._slots[rows, :tokens]
-        first_position = self.position + 1 - tokens
-        if rows is not None:
-            first_position = first_position[rows]
-        mask = self._mask(first_position)
-        # One tensor each, of which every call takes its part.
-        ids, positions = self._tensor(slots.reshape(-1)), self._tensor(first_position)
-        index = None if rows is None else self._tensor(rows)
-        weights = None
-        if log_weight:
-            weights = torch.full((len(slots),), log_weight, dtype=problem.precision)
-            weights = weights.to(problem.device)
-        size = max(1, min(GATHER_BYTES // (tokens * problem.token_bytes), MAX_QUERIES))
+    def _groups_of(self, part: _Part) -> list[Group]:
+        """The calls for the rows of a part, as many rows each as a call may gather."""
+        tokens, count = self._tokens, len(part.query)
+        problem = self._problem
+        size = max(1, min(GATHER_BYTES // (tokens * problem.token_bytes), most_queries(problem)))
+        mask = self._mask(part.first_position)
+        ids, weight = part.ids[:tokens].t(), part.log_weight
         groups = []
-        for begin in range(0, len(slots), size):
-            end = min(begin + size, len(slots))
+        for begin in range(0, count, size):
+            end = min(begin + size, count)
             of = slice(begin, end)
             groups.append(
                 Group(
                     size=end - begin,
                     queries=1,
                     tokens=tokens,
-                    kv=Gathered(ids[begin * tokens : end * tokens], 1, None),
+                    kv=Gathered(ids[of], 1, None, {}),
                     mask=None if mask is None else mask[of],
-                    first_query=begin if index is None else None,
-                    query_index=None if index is None else index[of],
+                    first_query=begin if part.rows is None else None,
+                    query_index=None if part.rows is None else part.rows[of],
                     rows=None,
                     targets=None,
-                    first_position=positions[of],
-                    temperature=temperature,
-                    log_weight=None if weights is None else weights[of],
+                    first_position=part.positions[of],
+                    temperature=part.temperature,
+                    log_weight=None if weight is None else weight[of],
                 )
             )
         return groups
@@ -114,14 +134,11 @@ class Tail:
         seen |= token >= tokens - window
         return additive(self._problem, seen[:, None])
 
-    def _tensor(self, values: Int64Array) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._problem.device)
 
-
-def _parts(segments: Segments) -> list[tuple[Int64Array | None, float, float]]:
-    """Rows that grow at the end of segments of one temperature and weight; None for all."""
+def _parts(problem: Problem, segments: Segments, reserve: int) -> list[_Part]:
+    """The rows by temperature and weight of the segments that they grow at the end of."""
     if segments.temperature is None and segments.log_weight is None:
-        return [(None, 1.0, 0.0)]
+        return [_part(problem, segments, reserve, None, 1.0, 0.0)]
     last = grown_segments(segments)
     columns = np.stack(
         [
@@ -132,6 +149,34 @@ def _parts(segments: Segments) -> list[tuple[Int64Array | None, float, float]]:
     values, part = np.unique(columns, axis=1, return_inverse=True)
     part = part.reshape(-1)
     return [
-        (np.flatnonzero(part == number), float(temperature), float(log_weight))
-        for number, (temperature, log_weight) in enumerate(values.T)
+        _part(problem, segments, reserve, np.flatnonzero(part == number), *map(float, weights))
+        for number, weights in enumerate(values.T)
     ]
+
+
+def _part(
+    problem: Problem,
+    segments: Segments,
+    reserve: int,
+    rows: Int64Array | None,
+    temperature: float,
+    log_weight: float,
+) -> _Part:
+    device = problem.device
+    query, first_position = segments.query, segments.position + 1
+    if rows is not None:
+        query, first_position = query.take(rows), first_position.take(rows)
+    slots = np.empty((reserve, len(query)), np.int64)
+    weight = None
+    if log_weight:
+        weight = torch.full((len(query),), log_weight, dtype=problem.precision).to(device)
+    return _Part(
+        query=query,
+        slots=slots,
+        ids=torch.from_numpy(slots).to(device),
+        rows=None if rows is None else torch.from_numpy(rows).to(device),
+        first_position=first_position,
+        positions=torch.from_numpy(first_position).to(device),
+        temperature=temperature,
+        log_weight=weight,
+    )

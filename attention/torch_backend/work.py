@@ -8,6 +8,7 @@ import torch
 
 from attention.algebra import Partial
 from attention.explain import WorkSummary
+from attention.forest import Int64Array
 from attention.options import RunOptions
 from attention.problem import Problem
 from attention.segments import Segments
@@ -59,12 +60,10 @@ class TorchWork:
         self._position = torch.from_numpy(position).to(problem.device)
         if problem.batch_invariant:
             self.groups = invariant_groups(problem, segments, query)
-            self._tokens_loaded = sum(group.size * group.tokens for group in self.groups)
             return
         views, gathers = make_batches(problem, segments, self.items, _kinds(segments))
         self.groups = make_groups(problem, segments, query, views, gathers)
-        loaded = (views.batches.items.kv_len, gathers.batches.items.kv_len)
-        self._tokens_loaded = sum(int(tokens.sum()) for tokens in loaded)
+        self._made = [some.batches for some in (views, gathers) if some is not None]
 
     def advance(self, slots: npt.NDArray[Any] | torch.Tensor) -> None:
         """Let every sequence grow by one token, and its query move on to it.
@@ -109,15 +108,19 @@ class TorchWork:
 
     def summary(self) -> WorkSummary:
         """The batched calls; padding is no token, and nothing waits for a later merge."""
+        if self.problem.batch_invariant:
+            loaded = sum(group.size * group.tokens for group in self.groups)
+        else:
+            loaded = sum(int(batches.items.kv_len.sum()) for batches in self._made)
         return WorkSummary(
             units=(("work items", len(self.items.kv_len)), ("batched calls", len(self.groups))),
-            kv_tokens_loaded=self._tokens_loaded,
+            kv_tokens_loaded=loaded,
             partials=0,
         )
 
 
-def _kinds(segments: Segments) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _kinds(segments: Segments) -> Int64Array | None:
     """Segments of another temperature share no call."""
     if segments.temperature is None:
-        return np.zeros(len(segments.start), np.int64)
+        return None
     return np.unique(segments.temperature, return_inverse=True)[1]

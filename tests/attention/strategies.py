@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from attention import Forest, NodeSets
 from attention.problem import FLOAT8_DTYPES
 
-STRIDES = ("plain", "interleaved", "padded heads", "padded blocks", "other layout")
+STRIDES = ("beside", "plain", "interleaved", "padded heads", "padded blocks", "other layout")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -29,7 +29,8 @@ class Node:
 class Case:
     """Everything that one run of attention is given, but for the tensors' values.
 
-    Strides "latent" make the values a view of the keys (multi-head latent attention).
+    Strides "latent" make the values a view of the keys (multi-head latent attention), "beside" put
+    a token's values of a head behind its keys.
     """
 
     source: Forest | NodeSets
@@ -316,11 +317,15 @@ def tensors(case: Case, seed: int = 0) -> Tensors:
     ).to(case.dtype)
     owned = owned_slots(case.source, case.num_blocks)
     caches = []
+    both = _empty_cache(case, case.head_dim + (case.value_head_dim or case.head_dim))
     for head_dim in (case.head_dim, case.value_head_dim or case.head_dim):
         if case.strides == "latent" and caches:
             caches.append(caches[0][..., :head_dim])
             continue
-        cache = _empty_cache(case, head_dim)
+        if case.strides == "beside":
+            cache = both[..., case.head_dim :] if caches else both[..., :head_dim]
+        else:
+            cache = _empty_cache(case, head_dim)
         by_slot = cache if case.layout == "NHD" else cache.transpose(1, 2)
         values = torch.randn(by_slot.shape, generator=generator)
         values[~owned] = torch.nan
@@ -359,7 +364,7 @@ def _empty_cache(case: Case, head_dim: int) -> torch.Tensor:
     if case.layout == "HND":
         inner = inner[::-1]
     match case.strides:
-        case "plain" | "latent":
+        case "plain" | "latent" | "beside":
             return torch.empty(case.num_blocks, *inner, head_dim, dtype=dtype)
         case "interleaved":
             both = torch.empty(case.num_blocks, 2, *inner, head_dim, dtype=dtype)

@@ -49,7 +49,7 @@ def test_items_cover_what_each_query_sees_exactly_once(
     covered: list[list[tuple[int, int]]] = [[] for _ in expected]
     rounds: set[tuple[int, int]] = set()
     for index in range(len(plan.work.items.segment)):
-        item = plan.work.items.take(slice(index, index + 1))
+        item = plan.work.items.take(np.array([index]))
         node, begin, length = (
             int(plan.segments.node[item.segment[0]]),
             int(item.kv_begin[0]),

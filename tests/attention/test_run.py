@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import Forest, NodeSets
+from attention.torch_backend import softmax
 from tests.attention.checks import assert_as_good_as_flat, attend, plan_of, run
 from tests.attention.strategies import (
     LARGE,
@@ -165,6 +166,57 @@ def test_a_long_node_is_read_in_place_with_every_kind_of_softmax() -> None:
         for softcap in (None, 5.0):
             case = Case(forest, num_blocks, head_dim=64, strides=strides, softcap=softcap)
             assert_as_good_as_flat(case, tensors(case))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
+        {"softcap": 20.0},
+        {"alibi_slopes": (0.125,) * 4},
+        {"kv_dtype": torch.float8_e4m3fn},
+    ],
+)
+def test_queries_that_see_no_token_of_the_last_tile(options: dict[str, object]) -> None:
+    # 2,057 tokens in tiles of 2,048: the first of 16 queries stand before the last tile.
+    forest, num_blocks = build_forest(16, [Node(-1, 2057)], [(0, 16)])
+    case = Case(forest, num_blocks, **options)
+    assert_as_good_as_flat(case, tensors(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("strides", ["plain", "latent", "beside"])
+@pytest.mark.parametrize(
+    ("lengths", "calls"), [([1300], [2]), ([1024, 1024], [4]), ([1056, 1056], []), ([1023], [])]
+)
+def test_long_nodes_whose_heads_lie_between_each_other_are_read_in_chunks(
+    lengths: list[int],
+    calls: list[int],
+    strides: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = [Node(-1, length) for length in lengths]
+    forest, num_blocks = build_forest(16, nodes, [(i, 1) for i in range(len(lengths))])
+    width = 96 if strides == "latent" else None
+    case = Case(
+        forest, num_blocks, 8, 8, head_dim=128, value_head_dim=width, dtype=dtype, strides=strides
+    )
+    given_ = tensors(case)
+    seen = []
+
+    def watched(q: torch.Tensor, k: torch.Tensor, *rest: object) -> object:
+        seen.append(len(k) * (k.shape[2] // softmax.CHUNK))
+        return chunked(q, k, *rest)
+
+    chunked = softmax._chunked
+    monkeypatch.setattr(softmax, "_chunked", watched)
+    first, second = run(case, given_), run(case, given_)
+    assert seen == 2 * calls
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert_as_good_as_flat(case, given_)
 
 
 def test_what_is_read_in_place_beside_what_is_gathered() -> None:

@@ -115,22 +115,32 @@ def crowded(engine: Any) -> Any:
 
 
 def coming_and_going(engine: Any) -> Any:
-    """Requests arrive at random and some are aborted; those may end anywhere."""
+    """Requests arrive at random, and some are aborted when they have a few of their many tokens."""
     random = np.random.default_rng(5)
     texts = [text for seed in range(5) for text in prompts(50 + seed, 6, 25, 10)]
     arrival = random.uniform(0, 1.5, len(texts))
-    aborted_after = np.where(random.random(len(texts)) < 0.3, random.uniform(0, 0.4), np.inf)
+    aborted_at = np.where(random.random(len(texts)) < 0.3, random.integers(0, 9, len(texts)), -1)
 
     async def run(index: int) -> dict[str, Any]:
         await asyncio.sleep(arrival[index])
-        name = f"coming-{index}"
-        task = asyncio.ensure_future(
-            engine.async_generate(input_ids=texts[index], sampling_params=greedy(40), rid=name)
+        name, last = f"coming-{index}", aborted_at[index]
+        parts = await engine.async_generate(
+            input_ids=texts[index],
+            sampling_params=greedy(40 if last < 0 else 200),
+            rid=name,
+            stream=True,
         )
-        if aborted_after[index] < np.inf:
-            await asyncio.sleep(aborted_after[index])
+        following = asyncio.ensure_future(anext(parts))
+        if last == 0:  # as soon as the engine knows of it
+            while name not in engine.tokenizer_manager.rid_to_state and not following.done():
+                await asyncio.sleep(0)
             engine.tokenizer_manager.abort_request(name)
-        return _result(await task)
+        answer = await following
+        async for answer in parts:
+            if 0 < last <= len(answer["output_ids"]):
+                engine.tokenizer_manager.abort_request(name)
+                last = -1
+        return _result(answer)
 
     async def run_all() -> list[dict[str, Any]]:
         return await asyncio.gather(*(run(index) for index in range(len(texts))))

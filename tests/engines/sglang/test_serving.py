@@ -82,7 +82,7 @@ def test_same_tokens_and_our_code_made_them(kind: str, options: dict[str, Any]) 
     for name in ("shared", "several", "long", "crowded", "namespaces", "flushed"):
         for expected, got in zip(answers(stock[name]), answers(ours[name]), strict=True):
             assert got["tokens"] == expected["tokens"], name
-    # Who was aborted may have ended anywhere.
+    # Who was aborted has ended anywhere.
     for expected, got in zip(stock["coming_and_going"], ours["coming_and_going"], strict=True):
         length = min(len(expected["tokens"]), len(got["tokens"]))
         assert got["tokens"][:length] == expected["tokens"][:length]

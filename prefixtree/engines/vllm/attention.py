@@ -7,11 +7,12 @@ with the tree's.
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -22,10 +23,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 import attention
 from prefixtree.engines.errors import UnsupportedAttention
-from prefixtree.engines.steps import RESERVE, grew_by_a_token, slots_of_last
+from prefixtree.engines.steps import Step
 
 _FLOAT8 = {
     "fp8": torch.float8_e4m3fn,
@@ -59,6 +61,15 @@ class TreeAttentionBackend(AttentionBackend):
         return TreeAttentionMetadataBuilder
 
     @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
+        """Any. On a CPU, preferably that in which a run of blocks is one of tokens for each head:
+        torch's kernels read it in place, and heads that lie apart faster than interleaved ones."""
+        if not current_platform.is_cpu():
+            return None
+        first = KVCacheLayout.LHBNC
+        return (first, *(layout for layout in KVCacheLayout if layout is not first))
+
+    @classmethod
     def supports_sink(cls) -> bool:
         return True
 
@@ -75,79 +86,14 @@ class TreeAttentionBackend(AttentionBackend):
 
 @dataclass
 class TreeAttentionMetadata(AttentionMetadata):
-    """One step's batch: what every layer of a group of KV caches has in common.
+    """One step's batch, without requests that have no query in it."""
 
-    Attributes:
-        num_queries: of all requests together, without padding.
-        query_start_loc: int [S + 1], seq_lens: int [S], block_table: int [S, max_blocks], on the
-            host, without requests that have no query in this step.
-        before: the step before, whose plans go on to this one where it is the decode step that
-            follows, on the same blocks.
-    """
-
-    num_queries: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    before: TreeAttentionMetadata | None = None
-    _plans: dict[tuple[object, ...], attention.Plan] = field(default_factory=dict)
-    _forests: dict[int, attention.Forest] = field(default_factory=dict)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every request has one query."""
-        return self.num_queries == len(self.seq_lens)
-
-    def plan(
-        self, impl: TreeAttentionImpl, query: torch.Tensor, k_cache: torch.Tensor
-    ) -> attention.Plan:
-        """The plan for a layer: made by the first of its kind, the others take it."""
-        num_blocks, _, block_size, _ = k_cache.shape
-        kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, impl.sliding_window)
-        key = (*kind, query.dtype, k_cache.dtype, block_size)
-        if self.before is not None:
-            self._plans, self.before = self._advanced(self.before, block_size), None
-        if key not in self._plans:
-            if block_size not in self._forests:
-                self._forests[block_size] = attention.forest_from_block_tables(
-                    self.block_table, self.seq_lens, self.query_start_loc, block_size
-                )
-            self._plans[key] = attention.plan(
-                self._forests[block_size],
-                num_q_heads=impl.num_heads,
-                num_kv_heads=impl.num_kv_heads,
-                head_dim=impl.head_size,
-                dtype=query.dtype,
-                kv_dtype=k_cache.dtype,
-                device=query.device,
-                layout="HND",
-                window=impl.sliding_window,
-                num_blocks=num_blocks,
-                reserve=RESERVE if self.decodes else 0,
-            )
-        return self._plans[key]
-
-    def _advanced(
-        self, before: TreeAttentionMetadata, block_size: int
-    ) -> dict[tuple[object, ...], attention.Plan]:
-        """The plans of the step before, taken from it and moved on to this one."""
-        tables, lengths = self.block_table.numpy(), self.seq_lens.numpy()
-        advanced: dict[tuple[object, ...], attention.Plan] = {}
-        if not (self.decodes and before.decodes) or not grew_by_a_token(
-            tables, lengths, before.block_table.numpy(), before.seq_lens.numpy(), block_size
-        ):
-            return advanced
-        slots = slots_of_last(tables, lengths, block_size)
-        while before._plans:
-            key, plan = before._plans.popitem()
-            with suppress(attention.PlanExhausted):
-                plan.advance(slots)
-                advanced[key] = plan
-        return advanced
+    step: Step
 
 
 class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadata]):
-    """Brings the batch to the host, where attention is planned: one copy of the block table a step.
+    """Brings the batch to the host, where attention is planned: one copy of the used part of the
+    block table a step.
 
     CUDA graphs of whole steps are not supported (the base class says so), those of the pieces
     between attention calls are.
@@ -157,7 +103,7 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
         """As vLLM calls it. Raises `UnsupportedAttention` for what the backend cannot serve."""
         super().__init__(*args, **kwargs)
         self._refuse()
-        self._step: TreeAttentionMetadata | None = None
+        self._step: Step | None = None
 
     def build(
         self,
@@ -170,19 +116,17 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
             raise UnsupportedAttention(
                 f"a batch is not causal (causal is {common.causal!r}); {_INSTEAD}"
             )
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1]
-        runs = starts.diff() > 0  # padding has none
-        before = self._step
-        if before is not None:
-            before.before = None  # it has run
-        self._step = TreeAttentionMetadata(
-            num_queries=int(starts[-1]),
-            query_start_loc=torch.cat([starts[:1], starts[1:][runs]]),
-            seq_lens=common.seq_lens[: common.num_reqs].cpu()[runs],
-            block_table=common.block_table_tensor[: common.num_reqs].cpu()[runs],
-            before=before,
+        count, size = common.num_reqs, self.kv_cache_spec.block_size
+        starts = common.query_start_loc_cpu[: count + 1].numpy()
+        lengths = common.seq_lens[:count].cpu().numpy()
+        used = -(-int(lengths.max()) // size)
+        tables = common.block_table_tensor[:count, :used].cpu().numpy()
+        runs = starts[1:] > starts[:-1]  # padding has no query
+        # Copies, as vLLM writes the next step over this one.
+        self._step = Step(
+            tables[runs], lengths[runs], np.append(0, starts[1:][runs]), size, self._step
         )
-        return self._step
+        return TreeAttentionMetadata(self._step)
 
     def _refuse(self) -> None:
         """What vLLM asks its backends itself, but not on the CPU."""
@@ -262,7 +206,6 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
             k_cache,
             v_cache,
             slot_mapping,
-            layout="HND",
             k_scale=k_scale,
             v_scale=v_scale,
         )
@@ -284,9 +227,19 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
             raise UnsupportedAttention("prefixtree's backend quantises no outputs")
         if attn_metadata is None:  # vLLM warms up
             return output.fill_(0)
-        count = attn_metadata.num_queries
+        step = attn_metadata.step
+        count = step.num_queries
         k_cache, v_cache = self._halves(kv_cache)
-        plan = attn_metadata.plan(self, query, k_cache)
+        plan = step.plan(
+            self.sliding_window,
+            num_q_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            dtype=query.dtype,
+            kv_dtype=k_cache.dtype,
+            device=query.device,
+            num_blocks=len(k_cache),
+        )
         k_scale, v_scale = self._scales(layer)
         slopes = self.alibi_slopes
         out, lse = attention.run(
@@ -309,7 +262,9 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
     def _halves(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.kv_cache_dtype in _FLOAT8:
             kv_cache = kv_cache.view(_FLOAT8[self.kv_cache_dtype])
-        k_cache, v_cache = kv_cache.split(self.head_size, dim=-1)
+        # Whichever is inside in memory: asked for tokens by heads, the planner knows that blocks
+        # side by side may be one run of tokens.
+        k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         return k_cache, v_cache
 
     def _scales(self, layer: AttentionLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 import torch
 
 import attention
+from prefixtree.engines.steps import Step
 from prefixtree.engines.vllm.attention import TreeAttentionImpl, TreeAttentionMetadata
 
 pytestmark = pytest.mark.engines
@@ -21,11 +22,10 @@ BLOCK, BLOCKS, HEADS, KV_HEADS, DIM = 4, 200, 4, 2, 8
 
 
 def step(
-    tables: torch.Tensor, lengths: list[int], queries: list[int], before: TreeAttentionMetadata
+    tables: np.ndarray, lengths: list[int], queries: list[int], before: Step | None
 ) -> TreeAttentionMetadata:
-    starts = torch.tensor([0, *queries]).cumsum(0, dtype=torch.int32)
-    lens = torch.tensor(lengths, dtype=torch.int32)
-    return TreeAttentionMetadata(sum(queries), starts, lens, tables.clone(), before)
+    starts = np.array([0, *queries]).cumsum()
+    return TreeAttentionMetadata(Step(tables.copy(), np.array(lengths), starts, BLOCK, before))
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -48,11 +48,11 @@ def test_advanced_plans_give_what_new_ones_give(
     layer = torch.nn.Module()
     cache = torch.randn(BLOCKS, KV_HEADS, BLOCK, 2 * DIM)
     free = rng.sample(range(1, BLOCKS), BLOCKS - 1)
-    tables = torch.zeros(3, 40, dtype=torch.int32)
+    tables = np.zeros((3, 40), np.int32)
     shared = [free.pop() for _ in range(3)]
     for row in range(3):
         own = [free.pop() for _ in range(24)]
-        tables[row, :27] = torch.tensor(shared + own)
+        tables[row, :27] = shared + own
     lengths, queries = [17, 13, 20], [5, 1, 2]
     before = None
     for at in range(80):
@@ -61,12 +61,12 @@ def test_advanced_plans_give_what_new_ones_give(
         got, expected = torch.empty_like(query), torch.empty_like(query)
         impl.forward(layer, query, query, query, cache, now, got)
         made = calls.copy()
-        alone = replace(now, before=None, _plans={}, _forests={})
+        alone = step(tables, lengths, queries, None)
         impl.forward(layer, query, query, query, cache, alone, expected)
         calls = made
         torch.testing.assert_close(got, expected)
-        assert now.before is None  # no chain of steps is kept
-        before, lengths, queries = now, [length + 1 for length in lengths], [1, 1, 1]
+        assert before is None or before._before is None  # no chain of steps is kept
+        before, lengths, queries = now.step, [length + 1 for length in lengths], [1, 1, 1]
         if at == 30:  # the first request's own block was cached by another
             tables[0, 3] = free.pop()
         if at == 50:  # one goes on with two queries

@@ -22,7 +22,7 @@ from prefixtree.engines import continuous_batching
 from prefixtree.engines.continuous_batching import installation
 from prefixtree.engines.continuous_batching.allocator import NAME, TreeAllocator
 from prefixtree.engines.continuous_batching.scheduler import TreeFIFOScheduler
-from prefixtree.engines.continuous_batching.step import Step
+from prefixtree.engines.continuous_batching.step import Batch
 from prefixtree.engines.errors import UnsupportedAttention
 from prefixtree.engines.sampling import SamplingParams
 from prefixtree.index import PrefixIndex
@@ -57,6 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     for name in ("forest_from_block_tables", "plan", "run", "write"):
         count(attention, name)
+    count(attention.Plan, "advance")
     for name in ("match", "hold", "extend", "evict", "release"):
         count(PrefixIndex, name)
     count(RequestState, "create_equivalent_initial_request")
@@ -139,10 +140,12 @@ def test_tokens_are_those_of_the_library(kind, calls):
         steps, layers = manager.current_batch, model.config.num_hidden_layers
         assert manager.current_batch > 8  # prompts were cut into chunks
         assert calls["run"] == calls["write"] == steps * layers
-        # One forest for each type of layers, and one plan for each window, a step.
-        types = len(allocators(model))
-        assert calls["forest_from_block_tables"] == steps * types
-        assert calls["plan"] == steps * WINDOWS[kind]
+        # One plan for each window a step, of one forest for each type of layers, or that of the
+        # step before.
+        types, windows = len(allocators(model)), WINDOWS[kind]
+        assert calls["plan"] + calls["advance"] == steps * windows
+        assert calls["forest_from_block_tables"] * windows == calls["plan"] * types
+        assert calls["advance"] > 0
         before = [allocator.prefixes.stats() for allocator in allocators(model)]
         assert tokens_of(model.generate_batch(prompts, greedy(), **run)) == expected
         for allocator, stats in zip(allocators(model), before, strict=True):
@@ -440,7 +443,7 @@ def test_padded_batches_are_refused_by_name():
     cache = {"slots": torch.arange(8), "blocks": torch.arange(2), "block_size": 4}
     ends = torch.tensor([0, 3, 3], dtype=torch.int32)
     with pytest.raises(UnsupportedAttention, match="3 tokens is padded to 8"):
-        Step([], query_ends=ends, kv_ends=ends, **cache)
+        Batch([], query_ends=ends, kv_ends=ends, **cache)
 
 
 def test_bad_arguments_change_nothing(monkeypatch):

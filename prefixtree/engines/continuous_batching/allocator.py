@@ -21,12 +21,17 @@ from transformers.generation.continuous_batching.cache_allocators import (
 )
 from transformers.generation.continuous_batching.cache_allocators.cache_allocator import BlockLedger
 
-from prefixtree.engines.continuous_batching.step import Step
+from prefixtree.engines.continuous_batching.step import Batch
 from prefixtree.engines.errors import UnsupportedAttention
 from prefixtree.index import Prefix, PrefixIndex
 
 NAME = "flash_prefixtree"
 """Of the attention. The library's continuous batching makes masks for all that is no "flash"."""
+
+
+LAYOUT = "HND"
+"""A block has the K and V of several layers, so no run of blocks is one run of a layer's tokens. By
+the order of heads and tokens inside it could be either layout; in this one nobody looks for runs."""
 
 
 @dataclass
@@ -76,7 +81,7 @@ class TreeAllocator(FullAttentionCacheAllocator):
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
-        self.step: Step | None = None
+        self.batch: Batch | None = None
         self._config = config
         self._held: dict[str, _Held] = {}
         self._matched: Prefix | None = None
@@ -98,7 +103,8 @@ class TreeAllocator(FullAttentionCacheAllocator):
             -1, self.pages_per_block, 2, self.tokens_per_page, heads, dim
         )
         self._kv = {
-            layer: (pages[:, at, 0], pages[:, at, 1]) for at, layer in enumerate(self.layer_indices)
+            layer: (pages[:, at, 0].transpose(1, 2), pages[:, at, 1].transpose(1, 2))
+            for at, layer in enumerate(self.layer_indices)
         }
         self.prefixes = PrefixIndex(
             len(pages), self.tokens_per_page, eviction=self.eviction, thread_safe=True
@@ -107,7 +113,7 @@ class TreeAllocator(FullAttentionCacheAllocator):
         self.write_trash_index = -1  # a slot that is not written
 
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a layer, each [blocks, tokens per block, KV heads, head_dim], in place."""
+        """K and V of a layer, each [blocks, KV heads, tokens per block, head_dim], in place."""
         return self._kv[layer]
 
     # What the cache asks before it looks at the free blocks: room is made here.

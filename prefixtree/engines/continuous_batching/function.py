@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import attention
-from prefixtree.engines.continuous_batching.allocator import NAME, TreeAllocator
-from prefixtree.engines.continuous_batching.step import Step
+from prefixtree.engines.continuous_batching.allocator import LAYOUT, NAME, TreeAllocator
+from prefixtree.engines.continuous_batching.step import Batch
 from prefixtree.engines.errors import UnsupportedAttention
 from prefixtree.engines.keywords import check_keywords
 
@@ -55,23 +55,32 @@ def attend(
             "continuous batching while prefixtree.engines.continuous_batching is installed"
         )
     check_keywords(layer, module, {"attention_mask": attention_mask, **others}, _OF_THE_BATCH)
-    step = allocator.step
-    if step is None or step.batch is not write_index:
-        step = allocator.step = Step(
+    batch = allocator.batch
+    if batch is None or batch.made_for is not write_index:
+        batch = allocator.batch = Batch(
             write_index,
             write_index[allocator.index],
             read_index[allocator.index],
             cu_seq_lens_q,
             cu_seq_lens_k[allocator.layer_type],
             allocator.tokens_per_page,
+            batch,
         )
     k_cache, v_cache = allocator.kv(layer)
     k, v = (states[0].transpose(0, 1) for states in (key, value))
-    attention.write(k, v, k_cache, v_cache, step.slots)
-    window = allocator.window if sliding_window is None else sliding_window
-    out, lse = step.attend(
-        query[0].transpose(0, 1), k_cache, v_cache, window=window, scale=scaling, softcap=softcap
+    attention.write(k, v, k_cache, v_cache, batch.slots, layout=LAYOUT)
+    q = query[0].transpose(0, 1)
+    plan = batch.step.plan(
+        allocator.window if sliding_window is None else sliding_window,
+        num_q_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        value_head_dim=v.shape[2],
+        dtype=q.dtype,
+        device=q.device,
+        layout=LAYOUT,
     )
+    out, lse = attention.run(plan, q, k_cache, v_cache, scale=scaling, softcap=softcap)
     if s_aux is not None:
         # A learned sink is a key whose value is 0.
         out, _ = attention.merge((out, lse), (attention.IDENTITY.o, s_aux.to(lse.dtype)))

@@ -18,7 +18,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 import attention
 from attention.problem import FLOAT8_DTYPES
 from prefixtree.engines.errors import UnsupportedAttention
-from prefixtree.engines.steps import RESERVE
+from prefixtree.engines.steps import RESERVE, reaching
 
 # Plans are made on the host, between launches.
 _EAGER = (
@@ -75,9 +75,9 @@ class _Step:
         ):
             return False
         columns = before.pages.shape[1]
-        used = torch.arange(columns) < torch.from_numpy(before.num_pages).unsqueeze(1)
-        changed = self.pages[:, :columns] != before.pages
-        return not bool((changed & used.to(changed.device)).any())
+        # What is behind a row changes with each of its tokens, at most one entry a row.
+        changed = (self.pages[:, :columns] != before.pages).nonzero().cpu().numpy()
+        return bool((changed[:, 1] >= before.num_pages[changed[:, 0]]).all())
 
 
 class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
@@ -235,9 +235,7 @@ class PrefixTreeAttention(AttentionBackend):  # type: ignore[misc]
     ) -> attention.Plan:
         # SGLang counts the tokens before the query, we count the query too.
         window = layer.sliding_window_size
-        window = None if window is None or window < 0 else window + 1
-        if window is not None and window >= int(step.seq_lens.max()) + RESERVE:
-            window = None  # nobody is that long, until the plan is made anew
+        window = None if window is None or window < 0 else reaching(window + 1, step.seq_lens)
         shape = _Shape(
             layer.tp_q_head_num,
             layer.tp_k_head_num,

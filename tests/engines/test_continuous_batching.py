@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from prefixtree.engines.continuous_batching import installation
 from prefixtree.engines.continuous_batching.allocator import NAME, TreeAllocator
 from prefixtree.engines.continuous_batching.scheduler import TreeFIFOScheduler
 from prefixtree.engines.continuous_batching.step import Batch
-from prefixtree.engines.errors import UnsupportedAttention
+from prefixtree.engines.errors import UnsupportedAttention, UnsupportedModel
 from prefixtree.engines.sampling import SamplingParams
 from prefixtree.index import PrefixIndex
 from tests.engines.models import VOCAB, generated, tiny_model
@@ -437,6 +438,12 @@ def test_another_attention_is_refused_by_name():
         model.config._attn_implementation = "sdpa"
         with pytest.raises(UnsupportedAttention, match=r"'flash_prefixtree'.*'sdpa'"):
             driver.step()
+
+
+def test_latent_attention_is_refused_at_the_start():
+    config = SimpleNamespace(kv_lora_rank=32, _attn_implementation="sdpa")
+    with pytest.raises(UnsupportedModel, match=r"kv_lora_rank is 32.*use model.generate"):
+        TreeAllocator(config=config)
 
 
 def test_padded_batches_are_refused_by_name():

@@ -34,7 +34,7 @@ class SGLang:
     def __init__(self, setup: Setup) -> None:
         from sglang.srt.entrypoints.engine import Engine
 
-        from prefixtree.bench.engines.sglang_platform import STOCK_ATTENTION
+        from prefixtree.engines.sglang.platform import STOCK_ATTENTION
         from prefixtree.engines.sglang.plugin import NAME
 
         options = {"radix_cache_backend": NAME} if "cache" in setup.parts else {}

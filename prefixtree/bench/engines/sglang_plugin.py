@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prefixtree.bench.engines.sglang_platform import STOCK_ATTENTION
 from prefixtree.bench.engines.watch import Watch
 from prefixtree.engines.sglang import plugin
+from prefixtree.engines.sglang.platform import STOCK_ATTENTION
 
 STEPS, CLOCK = "PREFIXTREE_BENCH_STEPS", "PREFIXTREE_BENCH_CLOCK"
 """Environment variables."""
@@ -20,7 +20,7 @@ STEPS, CLOCK = "PREFIXTREE_BENCH_STEPS", "PREFIXTREE_BENCH_CLOCK"
 PLATFORM = "prefixtree_bench_cpu"
 
 ENTRY_POINTS = f"""[sglang.srt.platforms]
-{PLATFORM} = prefixtree.bench.engines.sglang_platform:platform
+{PLATFORM} = prefixtree.engines.sglang.plugin:platform
 [sglang.srt.plugins]
 prefixtree_bench = {__name__}:register
 """

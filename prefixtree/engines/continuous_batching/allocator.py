@@ -22,7 +22,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
 from transformers.generation.continuous_batching.cache_allocators.cache_allocator import BlockLedger
 
 from prefixtree.engines.continuous_batching.step import Batch
-from prefixtree.engines.errors import UnsupportedAttention
+from prefixtree.engines.errors import UnsupportedAttention, UnsupportedModel
 from prefixtree.index import Prefix, PrefixIndex
 
 NAME = "flash_prefixtree"
@@ -30,8 +30,8 @@ NAME = "flash_prefixtree"
 
 
 LAYOUT = "HND"
-"""A block has the K and V of several layers, so no run of blocks is one run of a layer's tokens. By
-the order of heads and tokens inside it could be either layout; in this one nobody looks for runs."""
+"""A block has the K and V of several layers, so a run of blocks is no run of a layer's tokens. What
+is inside of one would do for either layout; in this one nobody looks for runs."""
 
 
 @dataclass
@@ -80,6 +80,13 @@ class TreeAllocator(FullAttentionCacheAllocator):
     window: int | None = None
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        """As the library calls it. Raises `UnsupportedModel` for latent attention (MLA)."""
+        if getattr(config, "kv_lora_rank", None) is not None:
+            # The library would give keys the room of values, and fail at the first request.
+            raise UnsupportedModel(
+                f"the model has latent attention (kv_lora_rank is {config.kv_lora_rank}), for which"
+                " the library's continuous batching has no cache: use model.generate"
+            )
         super().__init__(config=config, **kwargs)
         self.batch: Batch | None = None
         self._config = config

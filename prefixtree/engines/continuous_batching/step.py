@@ -51,8 +51,8 @@ class Batch:
         ids = blocks.cpu().numpy() if len(blocks) else _written(slots, starts, counts, block_size)
         tables = np.zeros((len(counts), counts.max()), np.int32)
         tables[np.arange(counts.max()) < counts[:, None]] = ids
-        last = None if before is None else before.step
-        self.step = Step(tables, lengths, starts, block_size, last)
+        last: Step | None = None if before is None else before.step
+        self.step: Step = Step(tables, lengths, starts, block_size, last)
 
 
 def _written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from prefixtree.engines.versions import warn_if_untested
@@ -31,6 +32,14 @@ def register() -> None:
         add_attention_backend_choices([NAME])
     if get_radix_cache_factory(NAME) is None:
         register_radix_cache_backend(NAME, make_cache)
+
+
+def platform() -> str | None:
+    """An entry point: the platform of CPUs without SGLang's kernels, only where it is asked for.
+
+    SGLang asks all that are installed when none is named in SGLANG_PLATFORM, to find the one.
+    """
+    return "prefixtree.engines.sglang.platform:Cpu" if os.environ.get("SGLANG_PLATFORM") else None
 
 
 def make_attention(runner: Any) -> Any:

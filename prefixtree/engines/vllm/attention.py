@@ -84,6 +84,15 @@ class TreeAttentionBackend(AttentionBackend):
         return [*reasons, _INSTEAD] if reasons else reasons
 
 
+class NoLatentAttention(TreeAttentionBackend):
+    """What stands for vLLM's latent attention on a CPU where the tree's attention was asked for:
+    vLLM would take its own, whatever was asked for, and say so in a line of its log."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeAttentionImpl]:
+        raise UnsupportedAttention(f"MLA not supported; {_INSTEAD}")
+
+
 @dataclass
 class TreeAttentionMetadata(AttentionMetadata):
     """One step's batch, without requests that have no query in it."""

@@ -12,9 +12,12 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from prefixtree.engines.errors import UnsupportedCache
 from prefixtree.engines.vllm.block_pool import TreeBlockPool
 
 logger = init_logger(f"vllm.{__name__}")
+
+_INSTEAD = "without --scheduler-cls prefixtree.engines.vllm.scheduler.PrefixTreeScheduler"
 
 
 class TreeManager(FullAttentionManager):
@@ -39,23 +42,19 @@ class TreeManager(FullAttentionManager):
         return (blocks,), len(blocks) * alignment_tokens
 
 
-def plant(manager: KVCacheManager, eviction: Any = "lru") -> bool:
+def plant(manager: KVCacheManager, eviction: Any = "lru") -> None:
     """Puts the tree behind a manager that has given out no block yet.
 
     Served are models with one group of full-attention layers, multi-head latent attention among
-    them. Others (groups of sliding windows, state-space layers, encoders) stay with vLLM's own
-    pool, and a warning says why: they free blocks from the front of a sequence, which a tree that
-    gives up leaves first has no use for.
+    them. Others (groups of sliding windows, state-space layers, encoders) free blocks from the
+    front of a sequence, which a tree that gives up leaves first has no use for.
 
     Args:
         eviction: as for `PrefixIndex`.
 
-    Returns whether the tree was put there.
+    Raises `UnsupportedCache` for what is not served, with what to change.
     """
-    reason = _lacking(manager)
-    if reason:
-        logger.warning("prefixtree leaves the KV cache to vLLM's own block pool: %s", reason)
-        return False
+    _refuse(manager)
     coordinator, old = manager.coordinator, manager.block_pool
     single = coordinator.single_type_managers[0]
     # What a pool is made with differs from release to release; it keeps all of it by that name.
@@ -75,15 +74,20 @@ def plant(manager: KVCacheManager, eviction: Any = "lru") -> bool:
     coordinator.single_type_managers = (on_tree,)
     coordinator.block_pool = manager.block_pool = pool
     logger.info("prefixtree holds the prefix cache: %d blocks, %s", pool.num_gpu_blocks, eviction)
-    return True
 
 
-def _lacking(manager: KVCacheManager) -> str:
+def _refuse(manager: KVCacheManager) -> None:
     if not manager.enable_caching:
-        return "prefix caching is off"
+        raise UnsupportedCache(
+            "prefix caching is off, by --no-enable-prefix-caching or because vLLM has none for "
+            f"this model here: start with it, or {_INSTEAD}"
+        )
     managers = manager.coordinator.single_type_managers
     kinds = [type(single) for single in managers]
     if kinds != [FullAttentionManager]:
         names = ", ".join(kind.__name__ for kind in kinds) or "none"
-        return f"it serves one group of full-attention layers, this model's groups have {names}"
-    return ""
+        raise UnsupportedCache(
+            f"the model's groups of KV caches have {names}, expected one FullAttentionManager: "
+            "with sliding windows, start with --disable-hybrid-kv-cache-manager, which keeps what "
+            f"is behind them; else {_INSTEAD}"
+        )

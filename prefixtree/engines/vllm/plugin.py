@@ -11,13 +11,15 @@ from prefixtree.engines.versions import warn_if_untested
 from prefixtree.engines.vllm import TESTED
 
 BACKEND = "prefixtree.engines.vllm.attention.TreeAttentionBackend"
+REFUSAL = "prefixtree.engines.vllm.attention.NoLatentAttention"
 
 
 def register() -> None:
     """Makes the tree's attention known as CUSTOM; vLLM may call it in every process, and twice.
 
     vLLM's CPU platform takes no backend but its own, CPU_ATTN, whatever is asked for. There,
-    PREFIXTREE_ATTENTION=1 in the environment puts the tree's in its place. Imports vLLM's registry
+    PREFIXTREE_ATTENTION=1 in the environment puts the tree's in its place, and a refusal in that of
+    latent attention. Imports vLLM's registry
     only: nothing of ours but this module until a server wants it.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -31,6 +33,8 @@ def register() -> None:
         warnings.warn(f"the attention backend CUSTOM is {other}, not prefixtree's", stacklevel=2)
     if os.environ.get("PREFIXTREE_ATTENTION") == "1":
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+        for latent in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
+            register_backend(latent, REFUSAL)
 
 
 def check_version() -> None:

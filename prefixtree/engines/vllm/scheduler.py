@@ -36,7 +36,8 @@ class PrefixTreeScheduler(Scheduler):
     """The scheduler; where vLLM schedules asynchronously, making one makes the asynchronous kind.
 
     `additional_config={"prefixtree": {"eviction": "slru"}}` chooses an eviction policy. Making one
-    raises `InvalidArgument` for a policy that is not there, and for any other option.
+    raises `InvalidArgument` for a policy that is not there, and for any other option, and
+    `UnsupportedCache` for models that it cannot serve, see `manager.plant`.
     """
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> PrefixTreeScheduler:

@@ -23,7 +23,7 @@ POOL = 1500
 CHUNK = 64
 
 _ENTRY_POINTS = """[sglang.srt.platforms]
-prefixtree_test_cpu = prefixtree.bench.engines.sglang_platform:platform
+prefixtree_test_cpu = prefixtree.engines.sglang.plugin:platform
 [sglang.srt.plugins]
 prefixtree_test_watch = tests.engines.sglang.watch:register
 """

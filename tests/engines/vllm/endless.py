@@ -13,7 +13,7 @@ from tests.engines.vllm.scenarios import generate, make_llm, prompt, tokens_of
 
 
 def main(folder: str, *_: str) -> None:
-    llm = make_llm(folder, tree=True, speculative=False)
+    llm = make_llm(folder, ("tree",))
     for seed in count():
         outputs = generate(llm, [prompt(seed, 100), prompt(0, 150)])
         print(json.dumps(tokens_of(outputs)), flush=True)

@@ -1,7 +1,7 @@
 """Runs one vLLM engine through all scenarios and prints what came out, as one line of JSON.
 
-`python -m tests.engines.vllm.scenarios MODEL_FOLDER [tree] [attention] [speculative]`: with which
-of our parts, and with drafts looked up in the prompt.
+`python -m tests.engines.vllm.scenarios MODEL_FOLDER [tree] [attention] [speculative] [one_group]`:
+with which of our parts, with drafts looked up in the prompt, with one group of KV caches for all.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ def prompt(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(5, 290), k=length)
 
 
-def make_llm(folder: str, tree: bool, speculative: bool) -> Any:
+def make_llm(folder: str, parts: tuple[str, ...]) -> Any:
     """A vLLM with a pool that 8 requests overflow and prefill in chunks of 64 tokens."""
     from vllm import LLM
 
     options: dict[str, Any] = {}
-    if tree:
+    if "tree" in parts:
         options["scheduler_cls"] = "prefixtree.engines.vllm.scheduler.PrefixTreeScheduler"
-    if speculative:
+    if "one_group" in parts:
+        options["disable_hybrid_kv_cache_manager"] = True
+    if "speculative" in parts:
         options["speculative_config"] = {
             "method": "ngram",
             "num_speculative_tokens": 3,
@@ -81,8 +83,8 @@ def tokens_of(outputs: Any) -> list[list[list[int]]]:
 class Engine:
     """A vLLM in this process, looked into."""
 
-    def __init__(self, folder: str, tree: bool, speculative: bool) -> None:
-        self.llm = make_llm(folder, tree, speculative)
+    def __init__(self, folder: str, parts: tuple[str, ...]) -> None:
+        self.llm = make_llm(folder, parts)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.preemptions = self.drafted = 0
         self.layers = self.llm.llm_engine.model_config.hf_config.num_hidden_layers
@@ -171,7 +173,7 @@ def main(folder: str, *parts: str) -> None:
         for name in ("write", "run", "plan", "forest_from_block_tables"):
             count(attention, name)
         count(attention.Plan, "advance")
-    engine = Engine(folder, "tree" in parts, "speculative" in parts)
+    engine = Engine(folder, parts)
     CALLS.clear()
     model = engine.core.model_executor
     inner = model.execute_model

@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
+from prefixtree.engines.errors import UnsupportedCache
 from prefixtree.engines.vllm.block_pool import TreeBlockPool, as_words
 from prefixtree.engines.vllm.manager import plant
 
@@ -33,7 +34,9 @@ BLOCK = 4
 ADAPTERS = [None, LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")]
 
 
-def make_manager(num_blocks: int, eagle: bool = False, window: int | None = None) -> KVCacheManager:
+def make_manager(
+    num_blocks: int, eagle: bool = False, window: int | None = None, caching: bool = True
+) -> KVCacheManager:
     shape: dict[str, Any] = {"num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
     spec = FullAttentionSpec(block_size=BLOCK, **shape)
     if window:
@@ -45,6 +48,7 @@ def make_manager(num_blocks: int, eagle: bool = False, window: int | None = None
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,
         use_eagle=eagle,
+        enable_caching=caching,
         enable_kv_cache_events=True,
     )
 
@@ -214,7 +218,7 @@ STEPS = ["admit"] * 4 + ["grow"] * 8 + ["end"] * 2 + ["pin", "unpin", "unpin", "
 @pytest.mark.parametrize("seed", range(8))
 def test_at_random_in_a_small_pool(seed: int, policy: str) -> None:
     manager = make_manager(num_blocks=30, eagle=seed % 2 == 1)
-    assert plant(manager, policy)
+    plant(manager, policy)
     driver = Driver(manager, seed, xxhash if seed % 3 == 0 and xxhash_there() else sha256)
     for _ in range(400):
         getattr(driver, driver.rng.choice(STEPS))()
@@ -227,7 +231,7 @@ def test_at_random_in_a_small_pool(seed: int, policy: str) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_whose_load_failed_are_forgotten(seed: int) -> None:
     manager = make_manager(num_blocks=40)
-    assert plant(manager)
+    plant(manager)
     driver = Driver(manager, seed)
     for _ in range(300):
         getattr(driver, driver.rng.choice([*STEPS, "invalidate"]))()
@@ -240,7 +244,8 @@ def test_hits_are_vllms_where_nothing_is_evicted(eagle: bool) -> None:
     hits = []
     for tree in (False, True):
         manager = make_manager(num_blocks=2000, eagle=eagle)
-        assert not tree or plant(manager)
+        if tree:
+            plant(manager)
         driver = Driver(manager, seed=3)
         for _ in range(600):
             getattr(driver, driver.rng.choice(["admit", "admit", "grow", "grow", "grow", "end"]))()
@@ -252,7 +257,7 @@ def test_hits_are_vllms_where_nothing_is_evicted(eagle: bool) -> None:
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru"])
 def test_free_blocks_are_listed_in_the_order_in_which_they_go(policy: str) -> None:
     manager = make_manager(num_blocks=100)
-    assert plant(manager, policy)
+    plant(manager, policy)
     driver = Driver(manager, seed=1)
     for _ in range(150):
         getattr(driver, driver.rng.choice(STEPS))()
@@ -266,7 +271,7 @@ def test_free_blocks_are_listed_in_the_order_in_which_they_go(policy: str) -> No
 
 def test_a_path_goes_from_its_end() -> None:
     manager = make_manager(num_blocks=8)
-    assert plant(manager)
+    plant(manager)
     driver = Driver(manager, seed=0)
     tokens = list(range(6 * BLOCK))
     request = Request("0", tokens, SamplingParams(max_tokens=1), None, block_hasher=driver.hasher)
@@ -288,10 +293,20 @@ def test_words_of_hashes() -> None:
     assert len(as_words([])) == 0
 
 
-def test_sliding_windows_stay_with_vllm() -> None:
-    manager = make_manager(num_blocks=8, window=8)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"window": 8}, "have SlidingWindowManager.*--disable-hybrid-kv-cache-manager.*without"),
+        ({"caching": False}, "--no-enable-prefix-caching.*without --scheduler-cls"),
+    ],
+)
+def test_what_is_not_served_is_refused_with_what_to_change(
+    options: dict[str, Any], said: str
+) -> None:
+    manager = make_manager(num_blocks=8, **options)
     pool = manager.block_pool
-    assert not plant(manager)
+    with pytest.raises(UnsupportedCache, match=said):
+        plant(manager)
     assert manager.block_pool is pool
 
 

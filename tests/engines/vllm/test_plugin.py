@@ -12,18 +12,21 @@ pytest.importorskip("vllm")
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from prefixtree.engines import versions
+from prefixtree.engines.errors import UnsupportedAttention
 from prefixtree.engines.versions import UntestedVersion
 from prefixtree.engines.vllm import plugin
 from prefixtree.engines.vllm.attention import TreeAttentionBackend
 
 pytestmark = pytest.mark.engines
 
+LATENT = (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA)
+
 
 @pytest.fixture(autouse=True)
 def names_as_before(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PREFIXTREE_ATTENTION", raising=False)
     yield
-    for backend in (AttentionBackendEnum.CUSTOM, AttentionBackendEnum.CPU_ATTN):
+    for backend in (AttentionBackendEnum.CUSTOM, AttentionBackendEnum.CPU_ATTN, *LATENT):
         backend.clear_override()
 
 
@@ -31,13 +34,17 @@ def test_custom_is_the_trees_and_vllms_own_stay() -> None:
     plugin.register()
     plugin.register()
     assert AttentionBackendEnum.CUSTOM.get_class() is TreeAttentionBackend
-    assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
+    for own in (AttentionBackendEnum.CPU_ATTN, *LATENT):
+        assert not own.is_overridden()
 
 
 def test_the_cpu_platform_gets_it_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFIXTREE_ATTENTION", "1")
     plugin.register()
     assert AttentionBackendEnum.CPU_ATTN.get_class() is TreeAttentionBackend
+    for latent in LATENT:  # vLLM does not ask whether the backend takes it
+        with pytest.raises(UnsupportedAttention, match=r"MLA.*without PREFIXTREE_ATTENTION=1"):
+            latent.get_class().get_impl_cls()
 
 
 @pytest.mark.parametrize(

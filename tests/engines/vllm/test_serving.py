@@ -98,12 +98,16 @@ def test_tokens_are_those_of_a_stock_engine(served: Any, kind: str, parts: tuple
     used(ours, parts)
 
 
-def test_tokens_of_a_model_with_sliding_windows_on_vllms_own_pool(served: Any) -> None:
-    stock, ours = served("gemma3"), served("gemma3", "tree", "attention")
+def test_tokens_of_a_model_with_sliding_windows(served: Any) -> None:
+    """The attention takes vLLM's groups of KV caches, the tree wants one."""
+    stock, ours = served("gemma3"), served("gemma3", "attention")
     for name, expected in stock["results"].items():
         assert ours["results"][name] == expected, name
     used(ours, ("attention",), groups=3)
-    assert ours["pool"] == "BlockPool"
+    stock, ours = served("gemma3", "one_group"), served("gemma3", "one_group", "tree", "attention")
+    for name, expected in stock["results"].items():
+        assert ours["results"][name] == expected, name
+    used(ours, ("tree", "attention"), groups=2)
 
 
 def test_tokens_with_drafts(served: Any) -> None:
@@ -130,7 +134,7 @@ def used(ours: dict[str, Any], parts: tuple[str, ...], groups: int = 1) -> None:
         for name in ("longest_prefix", "cache_full_blocks", "touch", "evict", "release"):
             assert calls[name] > 20, name
     if "attention" in parts:
-        # Planned or advanced once a step for each group of layers with one block table.
+        # Planned or advanced once a step for each group of layers with one block table and window.
         assert groups * steps <= calls["plan"] + calls["advance"] < groups * steps * 1.1
         assert calls["advance"] > groups * steps / 3
         assert calls["run"] == calls["write"] == ours["layers"] * steps

@@ -1,6 +1,7 @@
 """A platform for SGLang: a CPU without SGLang's own CPU kernels, which few builds have.
 
-A module of its own, since SGLang loads it before most of itself can be imported.
+For tests and first steps, chosen by SGLANG_PLATFORM=prefixtree_cpu. A module of its own, since
+SGLang loads it before most of itself can be imported.
 """
 
 from __future__ import annotations
@@ -19,8 +20,3 @@ class Cpu(CpuSRTPlatform):  # type: ignore[misc]
 
     def get_dispatch_key_name(self) -> str:
         return "native"
-
-
-def platform() -> str:
-    """An entry point: the name of the class."""
-    return f"{__name__}:{Cpu.__name__}"

@@ -9,6 +9,7 @@ compares a sixteenth of a token a token, and no rule about what may be shared is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.request import Request
 
 from prefixtree.columns import Int32s
+from prefixtree.errors import PrefixGone
 from prefixtree.index import Prefix, PrefixIndex
 
 _NO_SIGN = np.int32(np.iinfo(np.int32).max)
@@ -100,13 +102,16 @@ class TreeBlockPool(BlockPool):
         self.index = PrefixIndex(num_gpu_blocks, WORDS, eviction=eviction)
         self._holds: dict[int, list[Prefix]] = {}  # last block of a path to holds on it
         self._hashes: dict[int, Sequence[bytes]] = {}  # cached block to a list its path begins
+        self._found: tuple[Prefix, list[KVCacheBlock]] | None = None  # what is touched next
         super().__init__(num_gpu_blocks, **options)
         self.free_block_queue = FreeBlocks(self.blocks[1:], self)  # not the null block
 
     def longest_prefix(self, hashes: Sequence[bytes]) -> list[KVCacheBlock]:
         """The cached blocks of the longest prefix of these hashes that is there."""
-        found = self.index.match(as_words(hashes))
-        return [self.blocks[block] for block in self.index.blocks(found).tolist()]
+        prefix = self.index.match(as_words(hashes))
+        blocks = [self.blocks[block] for block in self.index.blocks(prefix).tolist()]
+        self._found = prefix, blocks.copy()
+        return blocks
 
     def cache_full_blocks(
         self,
@@ -147,6 +152,12 @@ class TreeBlockPool(BlockPool):
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         super().touch(blocks)
         left = [block for block in blocks if block.block_hash is not None]
+        if left and self._found is not None and left == self._found[1]:
+            prefix, self._found = self._found[0], None  # a second request gets a hold of its own
+            with suppress(PrefixGone):
+                self.index.hold(prefix)
+                self._holds.setdefault(left[-1].block_id, []).append(prefix)
+                return
         while left:  # once, unless a connector touches blocks of several paths at a time
             path = self._hold(max(left, key=self._depth))
             left = [

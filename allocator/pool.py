@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any, TypeAlias
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -17,6 +20,11 @@ from allocator.errors import (
 from allocator.extents import FreeExtents
 
 Int32s = NDArray[np.int32]
+Runs: TypeAlias = "list[tuple[int, int]]"
+"""Consecutive ids as (start, length)."""
+
+_FEW = 6
+"""Runs up to which some numpy calls for each are quicker than an index for every block."""
 
 _MOST_BLOCKS = 2**31 - 1
 
@@ -71,13 +79,10 @@ class BlockPool:
                 raise ForeignBlock([after])
         if count > self._free.total:
             raise OutOfBlocks(count, self._free.total)
-        if not count:
-            return self._ids[:0].copy()
-        runs = []
-        for start, taken in self._take(count, after):
-            runs.append(self._ids[start : start + taken])
+        runs = self._take(count, after)
+        for start, taken in runs:
             self._refs[start : start + taken] = 1
-        return np.concatenate(runs)
+        return self._ids_of(runs)
 
     def retain(self, blocks: ArrayLike) -> None:
         """Adds a reference to each of `blocks`, an integer array [n]; duplicates count.
@@ -85,11 +90,11 @@ class BlockPool:
         Raises ForeignBlock naming those that are out of range or free, InvalidArgument for an
         array of another kind; then nothing has changed. O(n log n) in numpy.
         """
-        ids, times, where = self._tally(blocks)
-        refs = self._refs[where]
+        ids, times = self._tally(_as_ids(blocks))
+        refs: Int32s = self._refs.take(ids)
         if np.count_nonzero(refs) < ids.size:
             raise ForeignBlock(ids[refs == 0])
-        self._refs[where] = refs + times
+        self._refs[ids] = refs + times
 
     def release(self, blocks: ArrayLike) -> Int32s:
         """Takes a reference from each of `blocks`, an integer array [n]; duplicates count.
@@ -101,15 +106,9 @@ class BlockPool:
         than they are referenced, InvalidArgument for an array of another kind; then nothing has
         changed.
         """
-        ids, times, where = self._tally(blocks)
-        left: Int32s = self._refs[where] - times
-        if left.size and np.minimum.reduce(left) < 0:
-            raise DoubleFree(ids[left < 0])
-        self._refs[where] = left
-        freed = ids[left == 0] if np.count_nonzero(left) else ids
-        for start, length in _runs(freed):
-            self._free.add(start, length)
-        return freed
+        ids = _as_ids(blocks)
+        freed = self._release_runs(_runs(ids)) if ids.dtype == np.int32 else None
+        return self._release_each(ids) if freed is None else freed
 
     def check(self) -> None:
         """Raises BrokenInvariant unless exactly the blocks without a reference are free.
@@ -130,8 +129,8 @@ class BlockPool:
             state = "free" if free[block] else "not free"
             raise BrokenInvariant(f"block {block} is {state} with {self._refs[block]} references")
 
-    def _take(self, count: int, after: int | None) -> list[tuple[int, int]]:
-        """Takes `count` ids, which must be free, in runs (start, length)."""
+    def _take(self, count: int, after: int | None) -> Runs:
+        """Takes `count` ids, which must be free."""
         pieces = []
         if after is not None:
             taken = self._free.take_at(after + 1, count)
@@ -143,40 +142,75 @@ class BlockPool:
             count -= taken
         return pieces
 
-    def _tally(self, blocks: ArrayLike) -> tuple[Int32s, Int32s | int, slice | Int32s]:
-        """The distinct ids, ascending; how often each occurs (one number if equal for all); and
-        the index of their counts, a slice for a run: what is read and written as one piece.
+    def _release_runs(self, runs: Runs) -> Int32s | None:
+        """`release` of few runs, as the blocks of a node are, by slices in place of an index.
+
+        None, and nothing has changed, for more of them and for what is to be refused.
         """
-        ids = np.asarray(blocks)
-        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
-            raise InvalidArgument(
-                f"blocks have shape {ids.shape} and dtype {ids.dtype}, "
-                "expected one dimension of integers"
-            )
-        if ids.size and 0 <= (first := ids.item(0)) <= self.num_blocks - ids.size:
-            where = slice(first, first + ids.size)
-            if not np.count_nonzero(ids != self._ids[where]):  # as blocks mostly are
-                return self._ids[where].copy(), 1, where
+        if len(runs) > _FEW or any(
+            start < 0 or start + length > self.num_blocks for start, length in runs
+        ):
+            return None
+        freed: Runs = []
+        for done, (start, length) in enumerate(runs, 1):
+            refs = self._refs[start : start + length]
+            refs -= 1
+            if not np.count_nonzero(refs):
+                freed.append((start, length))
+            elif np.minimum.reduce(refs) < 0:
+                for start, length in runs[:done]:
+                    self._refs[start : start + length] += 1
+                return None
+            else:
+                freed += _runs((refs == 0).nonzero()[0] + start)
+        for start, length in freed:
+            self._free.add(start, length)
+        return self._ids_of(sorted(freed))
+
+    def _release_each(self, ids: NDArray[np.integer[Any]]) -> Int32s:
+        """`release` of any blocks."""
+        distinct, times = self._tally(ids)
+        left: Int32s = self._refs.take(distinct) - times
+        if left.size and np.minimum.reduce(left) < 0:
+            raise DoubleFree(distinct[left < 0])
+        self._refs[distinct] = left
+        freed = distinct[left == 0] if np.count_nonzero(left) else distinct
+        for start, length in _runs(freed):
+            self._free.add(start, length)
+        return freed
+
+    def _tally(self, ids: NDArray[np.integer[Any]]) -> tuple[Int32s, Int32s | int]:
+        """The distinct ids, ascending, and how often each occurs (one number if equal for all)."""
         ids = np.sort(ids)
         if ids.size and (ids.item(0) < 0 or ids.item(-1) >= self.num_blocks):
             raise ForeignBlock(ids[(ids < 0) | (ids >= self.num_blocks)])
-        ids = ids.astype(np.int32, copy=False)
-        if np.count_nonzero(ids[1:] == ids[:-1]):
-            ids, times = np.unique(ids, return_counts=True)
-            return ids, times.astype(np.int32), ids
-        return ids, 1, ids
+        ordered: Int32s = ids.astype(np.int32, copy=False)
+        if np.count_nonzero(ordered[1:] == ordered[:-1]):
+            distinct, times = np.unique(ordered, return_counts=True)
+            return distinct, times.astype(np.int32)
+        return ordered, 1
+
+    def _ids_of(self, runs: Runs) -> Int32s:
+        if not runs:
+            return self._ids[:0].copy()
+        return np.concatenate([self._ids[start : start + length] for start, length in runs])
 
 
-def _runs(ids: Int32s) -> list[tuple[int, int]]:
-    """Ascending distinct ids as runs (start, length)."""
+def _as_ids(blocks: ArrayLike) -> NDArray[np.integer[Any]]:
+    """Block ids as a user gives them, in one dimension."""
+    ids = np.asarray(blocks)
+    if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
+        raise InvalidArgument(
+            f"blocks have shape {ids.shape} and dtype {ids.dtype}, "
+            "expected one dimension of integers"
+        )
+    return ids
+
+
+def _runs(ids: NDArray[np.integer[Any]]) -> Runs:
+    """Ids as runs of consecutive ones, in their order."""
     if not ids.size:
         return []
-    if ids.item(-1) - ids.item(0) == ids.size - 1:
-        return [(ids.item(0), ids.size)]
-    (breaks,) = np.nonzero(ids[1:] - ids[:-1] != 1)
+    (breaks,) = (ids[1:] - ids[:-1] != 1).nonzero()
     bounds = [0, *(breaks + 1).tolist(), ids.size]
-    firsts = map(ids.item, bounds[:-1])
-    return [
-        (first, end - begin)
-        for first, begin, end in zip(firsts, bounds[:-1], bounds[1:], strict=True)
-    ]
+    return [(ids.item(begin), end - begin) for begin, end in pairwise(bounds)]

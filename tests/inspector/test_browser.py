@@ -248,12 +248,13 @@ def test_every_width_and_colour_draws_something_else(
 @pytest.mark.parametrize("dark", [False, True])
 def test_tiers_have_a_colour_each(browser: Browser, tmp_path: Path, dark: bool) -> None:
     names = {"": "none", "<script>document.title='run'</script>": "", "GPU\n": "GPU\\n"}
+    names["x" * 120] = ""  # one word, wider than the page
     shown = {name: told or name for name, told in names.items()}
     view = small()[0].tree()
-    told = [list(names)[node % 3] for node in range(len(view))]
+    told = [list(names)[node % 4] for node in range(len(view))]
     path = tmp_path / "page.html"
     view.to_html(path, from_utf8, tier=lambda node: told[node.index])
-    browser.open(path, dark=dark)
+    browser.open(path, width=400, dark=dark)
     browser.run("byId('colour').focus()")
     browser.press("t")  # to the choice that begins with it
     assert browser.run("byId('colour').value") == "tier"
@@ -263,7 +264,7 @@ def test_tiers_have_a_colour_each(browser: Browser, tmp_path: Path, dark: bool) 
     )
     assert [name for name, _, _ in legend] == [shown[name] for name in sorted(names)]
     colours = {name: colour for name, colour, _ in legend}
-    assert len(set(colours.values())) == 3
+    assert len(set(colours.values())) == 4
     assert {swatches for _, _, swatches in legend} == {1}
     drawn = set()
     for node, name in enumerate(told):
@@ -282,6 +283,7 @@ def test_tiers_have_a_colour_each(browser: Browser, tmp_path: Path, dark: bool) 
         assert f"tier {shown[name]}, " in browser.run("byId('said').textContent")
         assert f"tier{shown[name]}blocks" in browser.run("byId('detail').textContent")
     assert drawn == set(names)
+    assert browser.run("document.documentElement.scrollWidth") <= 400
     assert browser.run("document.title") == "prefixtree"
     assert browser.errors() == []
 

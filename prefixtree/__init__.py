@@ -26,6 +26,7 @@ from prefixtree.errors import (
     RollbackPastFork,
     SequenceClosed,
     SlotRange,
+    TierFailed,
 )
 from prefixtree.evictions import Evicted, Eviction, EvictionCount
 from prefixtree.explain import Explanation, Why
@@ -78,6 +79,7 @@ __all__ = [
     "SequenceClosed",
     "SlotRange",
     "Stats",
+    "TierFailed",
     "TreeSummary",
     "TreeView",
     "Why",

@@ -75,6 +75,10 @@ class DecodeFailed(PrefixTreeError, RuntimeError):
     """The function that was given to turn tokens into text raised, or returned something else."""
 
 
+class TierFailed(PrefixTreeError, RuntimeError):
+    """The function that was given to tell a node's tier raised, or returned something else."""
+
+
 class CannotServe(PrefixTreeError, OSError):
     """The inspector cannot listen where it was told to: the port is in use, or not allowed."""
 

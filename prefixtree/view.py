@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +137,10 @@ class NodeView:
 
     def _of(self, column: npt.NDArray[Any]) -> int:
         return int(column[self.index]) if self.index >= 0 else 0
+
+
+Tier: TypeAlias = Callable[[NodeView], str]
+"""Names the tier that a node's KV is in, "host" for example, or "" for none."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -436,16 +440,20 @@ class TreeView:
         decode: Decode | None = None,
         *,
         title: str = "prefixtree",
+        tier: Tier | None = None,
     ) -> None:
         """Writes a page to look at the tree and the pool in a browser: one file, no network.
 
         `decode` turns token ids into text; without it the ids are shown. Long text is cut so that
-        a page of 100,000 nodes stays below some 20 MB. Raises `DecodeFailed` and OSError.
+        a page of 100,000 nodes stays below some 20 MB. `tier`, asked once for each node but the
+        roots, names where its KV is: the page then colours by tier, too. Raises `DecodeFailed`,
+        `TierFailed` and OSError.
         """
         from prefixtree.inspector.page import page
         from prefixtree.inspector.payload import frame
 
-        Path(path).write_text(page([frame(self, decode)], title=title), encoding="utf-8")
+        shown = frame(self, decode, tier=tier)
+        Path(path).write_text(page([shown], title=title), encoding="utf-8")
 
     def _repr_html_(self) -> str:
         from prefixtree.notebook import tree_html

@@ -5,7 +5,9 @@
 | `label` | what the frame is of |
 | `stats` | `Stats.as_dict` |
 | `namespaces` | [R] as text |
-| `arrays` | those of `ARRAYS`: [N] as in `TreeView`; `held`: [N] blocks each; `blocks`, `aside` |
+| `tiers` | names, sorted; empty where nobody tells tiers |
+| `arrays` | those of `ARRAYS`: [N] as in `TreeView`; `held`: [N] blocks each; `blocks`, `aside`; |
+|  | where tiers are told, `tier`: [N] index into `tiers` |
 | `texts` | [N] the nodes' text, or null where it is not shown |
 | `joint` | what comes between the text of a node and that of one below, where text is shown |
 
@@ -21,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from prefixtree.columns import Int32s
+from prefixtree.errors import TierFailed
 from prefixtree.view_text import Decode, text_of
 
 if TYPE_CHECKING:
-    from prefixtree.view import TreeView
+    from prefixtree.view import Tier, TreeView
 
 ARRAYS = "parent", "length", "pending", "offset", "pins", "hits", "idle", "age", "writer"
 
@@ -36,15 +40,24 @@ LEAST_TEXT = 48
 Frame = dict[str, Any]
 
 
-def frame(view: TreeView, decode: Decode | None, label: str = "") -> Frame:
-    """The view with its text: decoded, or token ids. Raises `DecodeFailed`. O(nodes + tokens)."""
+def frame(
+    view: TreeView, decode: Decode | None, label: str = "", *, tier: Tier | None = None
+) -> Frame:
+    """The view with its text: decoded, or token ids. O(nodes + tokens).
+
+    Raises `DecodeFailed` and `TierFailed`.
+    """
     joint = "" if decode else " "
-    return {**frame_without_text(view, label), "texts": texts(view, decode), "joint": joint}
+    shown = frame_without_text(view, label, tier=tier)
+    return {**shown, "texts": texts(view, decode), "joint": joint}
 
 
-def frame_without_text(view: TreeView, label: str = "") -> Frame:
-    """The view without anything of its tokens. O(nodes)."""
+def frame_without_text(view: TreeView, label: str = "", *, tier: Tier | None = None) -> Frame:
+    """The view without anything of its tokens. Raises `TierFailed`. O(nodes)."""
     arrays = {name: getattr(view, name) for name in ARRAYS}
+    tiers: list[str] = []
+    if tier is not None:
+        tiers, arrays["tier"] = tiers_of(view, tier)
     arrays["held"] = np.diff(view.block_ends)
     arrays["blocks"] = view.blocks
     arrays["aside"] = view.aside
@@ -55,6 +68,7 @@ def frame_without_text(view: TreeView, label: str = "") -> Frame:
             name if isinstance(name, str) else ", ".join(map(repr, name))
             for name in view.namespaces
         ],
+        "tiers": tiers,
         "arrays": {name: _packed(values) for name, values in arrays.items()},
         "texts": None,
     }
@@ -76,6 +90,28 @@ def texts(view: TreeView, decode: Decode | None) -> list[str]:
             left_out = stop - first - room // 2 - room // 4
             found.append(f"{head}\n[… {left_out} tokens left out …]\n{tail}")
     return found
+
+
+def tiers_of(view: TreeView, tier: Tier) -> tuple[list[str], Int32s]:
+    """The tiers' names, sorted, and [N] each node's as an index into them. Raises `TierFailed`."""
+    asked = f"tier function {getattr(tier, '__qualname__', repr(tier))}"
+    told: list[str] = []
+    for node in view:
+        try:
+            name = tier(node)
+        except Exception as error:
+            # Not what the error says: it may hold tokens, and a page without text is told of this.
+            kind = type(error).__name__
+            raise TierFailed(f"{asked} raised {kind} for node {node.index}, {node!r}") from error
+        if not isinstance(name, str):
+            raise TierFailed(
+                f"{asked} returned a {type(name).__name__} for node {node.index}, {node!r},"
+                " expected a str"
+            )
+        told.append(name)
+    names = sorted(set(told))
+    number = {name: at for at, name in enumerate(names)}
+    return names, np.fromiter((number[name] for name in told), np.int32, len(told))
 
 
 def _packed(values: npt.NDArray[Any]) -> str:

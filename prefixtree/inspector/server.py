@@ -37,6 +37,7 @@ from prefixtree.view_text import Decode, excerpts, nothing
 
 if TYPE_CHECKING:
     from prefixtree.cache import PrefixCache
+    from prefixtree.view import Tier
 
 BEAT_SECONDS = 10.0
 """So often a stream of events that has no news says that it is there."""
@@ -62,10 +63,12 @@ class Inspector:
         server: _Server,
         token_text: bool,
         decode: Decode | None,
+        tier: Tier | None,
     ) -> None:
         self.published = Published(cache)
         self.token_text = token_text
         self.decode = decode
+        self.tier = tier
         self._json: tuple[int, bytes] = (0, b"")
         self._writing = threading.Lock()
         self._server = server
@@ -114,7 +117,11 @@ class Inspector:
         with self._writing:
             number, view = self.published.latest()
             if self._json[0] != number:
-                shown = frame(view, self.decode) if self.token_text else frame_without_text(view)
+                shown = (
+                    frame(view, self.decode, tier=self.tier)
+                    if self.token_text
+                    else frame_without_text(view, tier=self.tier)
+                )
                 self._json = number, _as_json(shown)
             return self._json[1]
 
@@ -126,12 +133,17 @@ def serve(
     port: SupportsIndex = 0,
     token_text: bool = False,
     decode: Decode | None = None,
+    tier: Tier | None = None,
 ) -> Inspector:
     """Shows the cache in browsers, live, from threads of this process; returns at once.
 
     `port` 0 is any that is free: see `Inspector.url`. Whoever can reach the address can look:
     this machine only unless `host` is another address. Tokens are not shown unless `token_text`:
     as `decode` turns them into text, or as ids. Nothing that is served changes the cache.
+
+    `tier` names where a node's KV is, and the page then colours by tier, too. A thread of the
+    server asks it, once for each node of every new view that a page wants, while the cache may
+    already have gone on; KV that moves under a tree that stays is shown after a `publish`.
 
     Raises `CannotServe` when the address cannot be listened at, a port in use for example, and
     `InvalidArgument` for a port outside 0..65535 or a `decode` that could never be seen.
@@ -146,7 +158,7 @@ def serve(
     except OSError as error:
         raise CannotServe(f"cannot listen at {host!r} port {number}: {error}") from error
     try:
-        return Inspector(cache, server, token_text, decode)
+        return Inspector(cache, server, token_text, decode, tier)
     except BaseException:
         server.server_close()
         raise

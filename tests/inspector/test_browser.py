@@ -245,6 +245,60 @@ def test_every_width_and_colour_draws_something_else(
     assert browser.errors() == []
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_tiers_have_a_colour_each(browser: Browser, tmp_path: Path, dark: bool) -> None:
+    names = {"": "none", "<script>document.title='run'</script>": "", "GPU\n": "GPU\\n"}
+    names["x" * 120] = ""  # one word, wider than the page
+    shown = {name: told or name for name, told in names.items()}
+    view = small()[0].tree()
+    told = [list(names)[node % 4] for node in range(len(view))]
+    path = tmp_path / "page.html"
+    view.to_html(path, from_utf8, tier=lambda node: told[node.index])
+    browser.open(path, width=400, dark=dark)
+    browser.run("byId('colour').focus()")
+    browser.press("t")  # to the choice that begins with it
+    assert browser.run("byId('colour').value") == "tier"
+    legend = browser.run(
+        """[...byId("legend").children].map((entry) => [entry.textContent,
+          getComputedStyle(entry.firstChild).backgroundColor, entry.children.length])"""
+    )
+    assert [name for name, _, _ in legend] == [shown[name] for name in sorted(names)]
+    colours = {name: colour for name, colour, _ in legend}
+    assert len(set(colours.values())) == 4
+    assert {swatches for _, _, swatches in legend} == {1}
+    drawn = set()
+    for node, name in enumerate(told):
+        box, pixel = browser.run(
+            f"""(() => {{ const item = app.frame.itemOf[{node}], {{ icicle, frame }} = app;
+              const {{ left, total, sum }} = layout(frame, "tokens");
+              const x = (left[item] + total[item] / 2) / sum * icicle.width;
+              const y = frame.depth[item] * ROW + 1, scale = devicePixelRatio;
+              const [r, g, b] = icicle.context.getImageData(x * scale, y * scale, 1, 1).data;
+              return [total[item] / sum * icicle.width, `rgb(${{r}}, ${{g}}, ${{b}})`]; }})()"""
+        )
+        if box > 3:
+            assert pixel == colours[shown[name]]
+            drawn.add(name)
+        browser.run(f"app.selected(app.frame.itemOf[{node}])")
+        assert f"tier {shown[name]}, " in browser.run("byId('said').textContent")
+        assert f"tier{shown[name]}blocks" in browser.run("byId('detail').textContent")
+    assert drawn == set(names)
+    assert browser.run("document.documentElement.scrollWidth") <= 400
+    assert browser.run("document.title") == "prefixtree"
+    assert browser.errors() == []
+
+
+def test_tier_is_no_choice_where_nobody_tells_tiers(
+    opened: tuple[Browser, pt.PrefixCache],
+) -> None:
+    browser, _ = opened
+    browser.run("byId('colour').focus()")
+    browser.press("t")
+    assert browser.run("byId('colour').value") == "state"
+    browser.run("app.selected(1)")
+    assert "tier" not in browser.run("byId('said').textContent + byId('detail').textContent")
+
+
 def test_the_slider_moves_through_time(browser: Browser, tmp_path: Path) -> None:
     cache = pt.PrefixCache(64, 4)
     frames = []

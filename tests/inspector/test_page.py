@@ -11,7 +11,7 @@ from prefixtree.inspector import payload
 from prefixtree.inspector.page import page, script_json
 from prefixtree.inspector.payload import frame, frame_without_text
 
-from .caches import AWKWARD, data_of, from_utf8, large, small
+from .caches import AWKWARD, data_of, from_utf8, large, small, unpacked
 
 
 class Scripts(HTMLParser):
@@ -64,6 +64,31 @@ def test_without_text_nothing_of_a_token_is_there() -> None:
     assert packed.keys() == {*payload.ARRAYS, "held", "blocks", "aside"}
 
 
+def test_each_node_is_asked_once_for_its_tier(tmp_path: Path) -> None:
+    view = small()[0].tree()
+    asked: list[pt.NodeView] = []
+
+    def tier(node: pt.NodeView) -> str:
+        asked.append(node)
+        return "host" if node.pins else AWKWARD
+
+    path = tmp_path / "page.html"
+    for shown in (view, view.filter(depth=1)):
+        asked.clear()
+        shown.to_html(path, from_utf8, tier=tier)
+        assert asked == list(shown)
+        (only,) = data_of(path.read_text(encoding="utf-8"))["frames"]
+        assert only["tiers"] == sorted(["host", AWKWARD])
+        told = [only["tiers"][at] for at in unpacked(only)["tier"]]
+        assert told == ["host" if pins else AWKWARD for pins in shown.pins]
+
+
+def test_without_a_function_there_are_no_tiers() -> None:
+    for only in (frame(small()[0].tree(), None), frame_without_text(small()[0].tree())):
+        assert only["tiers"] == []
+        assert "tier" not in only["arrays"]
+
+
 def test_long_text_is_cut_in_the_middle() -> None:
     cache = pt.PrefixCache(payload.TEXT_BUDGET // 1000, 4096)
     size = payload.TEXT_BUDGET * 2
@@ -79,5 +104,6 @@ def test_long_text_is_cut_in_the_middle() -> None:
 
 def test_a_page_of_many_nodes_stays_small() -> None:
     view = large(3000).tree()
-    text = page([frame(view, from_utf8)], title="x")
+    text = page([frame(view, from_utf8, tier=lambda node: "x" * 9)], title="x")
+    assert text.count("x" * 9) == 1
     assert len(text) < 200 * len(view) + 100_000

@@ -95,6 +95,34 @@ def test_a_decode_that_fails_is_told_to_the_page() -> None:
             assert "broken raised ValueError" in json.loads(body)["error"]
 
 
+def test_tiers_are_shown_with_token_text_and_without() -> None:
+    cache, _ = small()
+
+    def tier(node: pt.NodeView) -> str:
+        return "device" if node.pins else "disk"
+
+    with serve(cache, tier=tier) as inspector:
+        shown = json.loads(ask(inspector, "/tree.json")[1])
+        assert shown == frame_without_text(cache.tree(), tier=tier)
+        assert (shown["tiers"], shown["texts"]) == (["device", "disk"], None)
+    with serve(cache, token_text=True, decode=from_utf8, tier=tier) as inspector:
+        shown = json.loads(ask(inspector, "/tree.json")[1])
+        assert shown == frame(cache.tree(), from_utf8, tier=tier)
+
+
+def test_a_tier_that_fails_is_told_to_the_page_without_tokens() -> None:
+    def broken(node: pt.NodeView) -> str:
+        raise ValueError(f"no place for {bytes(node.tokens)!r}")
+
+    with serve(small()[0], tier=broken) as inspector:
+        status, body = ask(inspector, "/tree.json")
+        assert status == 500
+        assert "broken raised ValueError for node 0, <NodeView" in json.loads(body)["error"]
+        assert b"TierFailed" in body
+        assert b"script" not in body  # the node's tokens
+        assert ask(inspector, "/tree.txt")[0] == 200
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "X"])
 def test_nothing_can_be_changed(method: str) -> None:
     cache, _ = small()

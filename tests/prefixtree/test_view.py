@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ from hypothesis import given
 
 import prefixtree as pt
 from allocator import InvalidArgument
-from prefixtree.errors import DecodeFailed, InvalidNamespace
+from prefixtree.errors import DecodeFailed, InvalidNamespace, TierFailed
 from prefixtree.inspector.payload import frame, frame_without_text
 from prefixtree.notebook import lefts
 from prefixtree.view_text import hot_path
@@ -206,6 +207,28 @@ def test_a_decode_that_fails_is_named_and_the_cache_is_as_before(use: Any, tmp_p
     with pytest.raises(DecodeFailed, match=r"returned a int for the \d+ tokens .*, expected a str"):
         use(cache.tree(), tmp_path / "page.html", lambda tokens: 5)
     assert not (tmp_path / "page.html").exists()
+    cache.check()
+    assert cache.tree().to_dicts() == before
+
+
+def lost(node: pt.NodeView) -> str:
+    raise KeyError(node.tokens)
+
+
+def test_a_tier_that_fails_is_named_and_the_cache_is_as_before(tmp_path: Path) -> None:
+    cache, _ = small()
+    before = cache.tree().to_dicts()
+    path = tmp_path / "page.html"
+    wrong: Any = lambda node: len(node.tokens)  # noqa: E731
+    node = r"for node 0, <NodeView \d+ tokens at 0, \d+ pins>"
+    with pytest.raises(TierFailed, match=rf"tier function lost raised KeyError {node}$"):
+        cache.tree().to_html(path, tier=lost)
+    with pytest.raises(TierFailed, match=rf"<lambda> returned a int {node}, expected a str$"):
+        cache.tree().to_html(path, tier=wrong)
+    path.write_text("a page of before", encoding="utf-8")
+    with pytest.raises(TierFailed):
+        cache.tree().to_html(path, tier=lost)
+    assert path.read_text(encoding="utf-8") == "a page of before"
     cache.check()
     assert cache.tree().to_dicts() == before
 

@@ -34,6 +34,7 @@ class App {
       : "none free";
     byId("query").disabled = byId("next").disabled = !frame.texts;
     byId("query").placeholder = frame.texts ? "Search text ( / )" : "No text in this page";
+    byId("by-tier").hidden = byId("by-tier").disabled = !frame.tiers.length;
     this.icicle.show(frame);
     this.map.show(frame);
     this.legends();

@@ -1,6 +1,8 @@
 // Colours come from the style sheet, so that light and dark are decided in one place.
 
 const STATES = [["pinned", "in use (pinned)"], ["pending", "pending"], ["evictable", "evictable"]];
+// Colours that stand for names: the list that these are in, and how one is shown.
+const NAMED = { namespace: ["namespaces", namespaceName], tier: ["tiers", tierName] };
 const USES = ["free", "evictable", "pinned", "pending", "aside"];
 
 let palette = {};
@@ -13,7 +15,7 @@ function readPalette() {
     palette[name] = style.getPropertyValue("--" + name).trim();
   }
   const light = palette.dark ? 36 : 74;
-  palette.namespaces = Array.from({ length: 12 }, (_, i) => `hsl(${(i * 137.5 + 210) % 360} 45% ${light}%)`);
+  palette.names = Array.from({ length: 12 }, (_, i) => `hsl(${(i * 137.5 + 210) % 360} 45% ${light}%)`);
   // From little to much, in 16 steps.
   palette.heat = Array.from({ length: 16 }, (_, i) => (palette.dark
     ? `hsl(${220 - 12 * i} 50% ${27 + 0.3 * i}%)` : `hsl(${220 - 12 * i} 70% ${88 - 1.6 * i}%)`));
@@ -27,8 +29,9 @@ function stateOf(frame, item) {
 // A function from item to colour.
 function colouring(frame, mode) {
   const { parent } = frame;
-  if (mode === "namespace") {
-    return (i) => palette.namespaces[frame.namespace[i] % palette.namespaces.length];
+  if (mode in NAMED) {
+    const at = frame[mode];
+    return (i) => (at[i] < 0 ? palette.root : palette.names[at[i] % palette.names.length]);
   }
   if (mode === "state") return (i) => (parent[i] < 0 ? palette.root : palette[stateOf(frame, i)]);
   const values = frame[mode];
@@ -48,9 +51,10 @@ function fillLegend(list, entries) {
 
 function treeLegend(frame, mode) {
   if (mode === "state") return STATES.map(([name, text]) => [palette[name], text]);
-  if (mode === "namespace") {
-    const shown = frame.namespaces.slice(0, 8).map((name, i) => [palette.namespaces[i % 12], namespaceName(name)]);
-    const more = frame.namespaces.length - shown.length;
+  if (mode in NAMED) {
+    const [list, shownAs] = NAMED[mode];
+    const shown = frame[list].slice(0, 8).map((name, i) => [palette.names[i], shownAs(name)]);
+    const more = frame[list].length - shown.length;
     return more > 0 ? [...shown, ["transparent", `${number(more)} more`]] : shown;
   }
   const [least, most] = mode === "hits" ? ["never hit", "most hits"] : ["used last", "longest idle"];

@@ -12,7 +12,7 @@ function decodeFrame(data) {
   for (const name in data.arrays) given[name] = unpack(data.arrays[name]);
   const roots = data.namespaces.length, nodes = given.parent.length, count = roots + nodes;
   const frame = {
-    label: data.label, stats: data.stats, namespaces: data.namespaces, nodes, count,
+    label: data.label, stats: data.stats, namespaces: data.namespaces, tiers: data.tiers, nodes, count,
     rootItem: new Int32Array(roots).fill(-1), nodeOf: new Int32Array(count).fill(-1),
     itemOf: new Int32Array(nodes),
     blocks: given.blocks, aside: given.aside, texts: null, lower: null, joint: "",
@@ -53,6 +53,8 @@ function decodeFrame(data) {
     const from = given[name], to = frame[name], { itemOf } = frame;
     for (let node = 0; node < nodes; node++) to[itemOf[node]] = from[node];
   }
+  frame.tier = new Int32Array(count).fill(-1); // also of roots
+  given.tier?.forEach((tier, node) => { frame.tier[frame.itemOf[node]] = tier; });
   frame.size.fill(1);
   for (let i = count - 1; i >= 0; i--) if (frame.parent[i] >= 0) frame.size[frame.parent[i]] += frame.size[i];
   frame.deepest = frame.depth.reduce((most, depth) => Math.max(most, depth), 0);

@@ -72,6 +72,7 @@ function fillDetail(box, frame, item) {
       ["age", `${plural(frame.age[item], "node")} made since`],
       ["depth", number(frame.depth[item])],
       ["namespace", namespaceName(frame.namespaces[frame.namespace[item]])],
+      ...(frame.tiers.length ? [["tier", tierName(frame.tiers[frame.tier[item]])]] : []),
       ["blocks", held.length ? runs(held) : "none"],
       ["first offset", number(frame.offset[item])],
       ["references", refs.length ? (Math.max(...new Set(refs)) > 1 ? refs.slice(0, 24).join(" ") : "1 each") : "none"],
@@ -94,7 +95,8 @@ function sentence(frame, item) {
   if (item < 0) return "";
   const node = frame.nodeOf[item];
   if (node < 0) return `${namespaceName(frame.namespaces[frame.namespace[item]])}: ${plural(frame.size[item] - 1, "node")}`;
+  const tier = frame.tiers.length ? `tier ${tierName(frame.tiers[frame.tier[item]])}, ` : "";
   const text = frame.texts ? ": " + oneLine(frame.texts[node].slice(0, 80)) : "";
   return `${plural(frame.length[item] + frame.pending[item], "token")}, ${stateOf(frame, item)}, `
-    + `${plural(frame.hits[item], "hit")}, depth ${frame.depth[item]}${text}`;
+    + `${tier}${plural(frame.hits[item], "hit")}, depth ${frame.depth[item]}${text}`;
 }

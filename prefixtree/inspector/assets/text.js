@@ -20,3 +20,5 @@ const plural = (count, one) => `${number(count)} ${one}${count === 1 ? "" : "s"}
 const percent = (part) => `${(100 * part).toFixed(1)}%`;
 
 const namespaceName = (name) => (name === "" ? "default namespace" : oneLine(name));
+
+const tierName = (name) => (name === "" ? "none" : oneLine(name));

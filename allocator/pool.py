@@ -107,7 +107,9 @@ class BlockPool:
         changed.
         """
         ids = _as_ids(blocks)
-        freed = self._release_runs(_runs(ids)) if ids.dtype == np.int32 else None
+        # Differences of other integers might wrap around to 1 inside of the pool's range.
+        wide = ids.itemsize >= 4 and ids.dtype.kind == "i"
+        freed = self._release_runs(_runs(ids)) if wide else None
         return self._release_each(ids) if freed is None else freed
 
     def check(self) -> None:

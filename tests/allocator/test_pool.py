@@ -277,6 +277,8 @@ CALLS = {
     ),
     "release past the end": (lambda p: p.release([0, 20]), ForeignBlock, ": 20$"),
     "release below 0": (lambda p: p.release([0, -20]), ForeignBlock, ": -20$"),
+    "release a run past the end": (lambda p: p.release([18, 19, 20]), ForeignBlock, ": 20$"),
+    "release a run from below 0": (lambda p: p.release([-1, 0, 1]), ForeignBlock, ": -1$"),
     "release a free block": (lambda p: p.release([0, 2, 19]), DoubleFree, ": 2, 19$"),
     "release twice at once": (lambda p: p.release([0, 1, 4, 1]), DoubleFree, ": 1$"),
     "floats": (lambda p: p.release(np.array([0.0])), InvalidArgument, "float64"),
@@ -312,6 +314,14 @@ def test_a_call_that_fails_names_what_was_wrong_and_changes_nothing(name: str) -
 def test_a_pool_of_no_size(num_blocks, block_size, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         BlockPool(num_blocks, block_size)
+
+
+def test_ids_whose_difference_wraps_around_are_no_run() -> None:
+    pool = BlockPool(200, 16)
+    pool.allocate(200)
+    with pytest.raises(ForeignBlock, match=": -128$"):
+        pool.release(np.array([127, -128], np.int8))
+    assert pool.refs.all()
 
 
 @given(st.lists(st.integers(0, 199), unique=True), st.integers(0, 200))

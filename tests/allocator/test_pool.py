@@ -319,7 +319,7 @@ def test_a_pool_of_no_size(num_blocks, block_size, message: str) -> None:
 def test_ids_whose_difference_wraps_around_are_no_run() -> None:
     pool = BlockPool(200, 16)
     pool.allocate(200)
-    with pytest.raises(ForeignBlock, match=": -128$"):
+    with pytest.raises(ForeignBlock, match=r": -128$"):
         pool.release(np.array([127, -128], np.int8))
     assert pool.refs.all()
 

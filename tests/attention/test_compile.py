@@ -24,7 +24,13 @@ STACK = {
     ("gfx942", "latent"): 64,
 }
 if version("triton").startswith("3.6."):
-    STACK |= {("sm_80", "fat"): 48, ("sm_90", "latent"): 160, ("gfx942", "latent"): 145}
+    STACK |= {
+        ("sm_80", "fat"): 48,
+        ("sm_80", "latent"): 96,
+        ("sm_80", "everything"): 48,
+        ("sm_90", "latent"): 160,
+        ("gfx942", "latent"): 145,
+    }
 
 
 @cache

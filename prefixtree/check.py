@@ -125,6 +125,9 @@ def _check_tree(tree: RadixTree, nodes: Int64s) -> None:
     cached = int(np.asarray(table.length)[linked].sum())
     if cached != tree.cached_tokens:
         raise BrokenInvariant(f"{tree.cached_tokens} cached tokens, recount {cached}")
+    branches = int(np.count_nonzero(count))
+    if branches != tree.branches:
+        raise BrokenInvariant(f"{tree.branches} nodes with nodes below them, recount {branches}")
 
 
 def _check_blocks(state: State, nodes: Int64s) -> None:

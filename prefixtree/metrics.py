@@ -63,6 +63,7 @@ GAUGES = {
     "shared_tokens": ("shared_tokens", "Tokens whose KV need not be held thanks to sharing."),
     "unused_slots": ("unused_slots", "Token slots of blocks in use that no token takes."),
     "nodes": ("nodes", "Nodes of the tree."),
+    "branches": ("branches", "Nodes and roots that have nodes below them."),
     "open_sequences": ("open_sequences", "Sequences that are open."),
     "prefilling_sequences": (
         "prefilling_sequences",
@@ -105,6 +106,7 @@ EVICTIONS = {
 
 HISTOGRAMS = {
     "match_length_tokens": ("match_lengths", "Tokens of a prompt whose KV was there."),
+    "path_nodes": ("path_nodes", "Nodes on a path when a sequence, a fork or a pin takes it."),
     "reuse_gap_seconds": ("reuse_gaps", "Time that a cached prefix lay idle until its next use."),
     "idle_before_eviction_seconds": (
         "idle_times",

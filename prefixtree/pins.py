@@ -7,7 +7,7 @@ import numpy as np
 from allocator import EvictionOrder, EvictionPolicy, Usage
 from prefixtree.columns import Int32s, Int64s
 from prefixtree.evictions import Eviction, EvictionCount, EvictionLog
-from prefixtree.histogram import SECONDS, Observations
+from prefixtree.histogram import POWERS, SECONDS, Observations
 from prefixtree.retention import Retained, Retention
 from prefixtree.tree import ROOT, RadixTree
 
@@ -35,6 +35,7 @@ class Pins:
         self.evicted_nodes = 0
         self.trimmed_nodes = 0
         self._evictions: dict[tuple[str, str], list[int]] = {}  # see `_evicted`
+        self.path_nodes = Observations(POWERS)
         self.reuse_gaps = Observations(SECONDS)
         self.idle_times = Observations(SECONDS)
         self.lifetimes = Observations(SECONDS)
@@ -59,7 +60,9 @@ class Pins:
         self.time = self._now()
         if nodes.length[node] and not nodes.pins[node]:
             self.reuse_gaps.add(self.time - nodes.idle_since[node])
+        depth = 0
         while node != ROOT:
+            depth += nodes.length[node] > 0
             if not nodes.pins[node]:
                 self._count(node, -1)
                 if not nodes.children[node] and not self._tree.is_root(node):
@@ -67,6 +70,7 @@ class Pins:
             nodes.pins[node] += by
             nodes.uses[node] += by
             node = nodes.parent[node]
+        self.path_nodes.add(depth, by)
 
     def unpin(self, node: int) -> None:
         """Takes one sequence's pin off the path to `node`. O(depth + log leaves)."""

@@ -51,6 +51,8 @@ class Stats(NamedTuple):
     `align="block"`, no whole block."""
     nodes: int
     """Nodes in the tree, without the root."""
+    branches: int
+    """Those of them, and of the roots of namespaces, that have nodes below them."""
     open_sequences: int
     prefilling_sequences: int
     """Those whose prompt is not committed whole: what a request may wait for (`Match.pending`)."""
@@ -90,6 +92,9 @@ class Stats(NamedTuple):
     """The same by policy and reason, for those pairs that occurred."""
     match_lengths: Histogram
     """Tokens of a prompt whose KV was there, one observation an `open`; the sum is hit_tokens."""
+    path_nodes: Histogram
+    """How deep paths are: nodes on a path when a sequence, a fork or a pin takes it, without the
+    tail that the sequence writes itself."""
     reuse_gaps: Histogram
     """Seconds that a cached prefix that nothing used lay idle until it was used again, by the end
     of what is used of it."""
@@ -114,6 +119,11 @@ class Stats(NamedTuple):
     def hit_rate(self) -> float:
         """hit_tokens / query_tokens, 0.0 before the first query."""
         return self.hit_tokens / self.query_tokens if self.query_tokens else 0.0
+
+    @property
+    def fan_out(self) -> float:
+        """Nodes below one that has any, on average; 0.0 in an empty tree."""
+        return self.nodes / self.branches if self.branches else 0.0
 
     @property
     def shared_tokens(self) -> int:
@@ -196,11 +206,11 @@ COUNTERS = (
     *("joins", "joined_tokens", "evicted_tokens", "evicted_nodes", "trimmed_nodes"),
 )
 """The fields of `Stats` that count events, and so only grow."""
-HISTOGRAMS = ("match_lengths", "reuse_gaps", "idle_times", "block_lifetimes")
+HISTOGRAMS = ("match_lengths", "path_nodes", "reuse_gaps", "idle_times", "block_lifetimes")
 """Those that are histograms."""
 DERIVED = (
     *("used_blocks", "pinned_blocks", "hit_rate", "shared_tokens", "sharing_factor"),
-    *("unused_slots", "fragmentation"),
+    *("unused_slots", "fragmentation", "fan_out"),
 )
 
 

@@ -132,6 +132,7 @@ class RadixTree:
         self.blocks = RaggedInts()
         self.tail_tokens = RaggedInts()
         self.cached_tokens = 0  # in linked nodes
+        self.branches = 0  # nodes, and roots, that have children
         self.journal: Journal | None = None  # told of all that walks find, or no longer find
         self._made = 0
         # One dict for all edges, (first tokens of the child, node) -> child, both in one int: a
@@ -204,6 +205,7 @@ class RadixTree:
         np.asarray(nodes.linked)[first : first + count] = 1
         below = np.bincount(above, minlength=first + count)
         np.asarray(nodes.children)[: first + count] = below
+        self.branches = int(np.count_nonzero(below))
 
         ends = np.cumsum(length)
         packed, cuts = tokens.tobytes(), [0, *(4 * ends).tolist()]
@@ -354,6 +356,7 @@ class RadixTree:
         parent = nodes.parent[node]
         if self._child.setdefault(self._key(parent, self._first_tokens(node)), node) != node:
             return False
+        self.branches += not nodes.children[parent]
         nodes.children[parent] += 1
         nodes.linked[node] = 1
         self.cached_tokens += nodes.length[node]
@@ -417,6 +420,7 @@ class RadixTree:
         if nodes.length[node]:
             self._child[self._key(upper, self.tokens[node])] = node
             nodes.children[upper] = 1
+            self.branches += 1
         else:
             nodes.linked[node] = 0
         if self.journal is not None:
@@ -460,6 +464,7 @@ class RadixTree:
             column[node] = column[parent]
         nodes.length[node] += nodes.length[parent]
         self._child[self._key(nodes.parent[node], self.tokens[node])] = node
+        self.branches -= 1
         self._forget(parent)
         return shared
 
@@ -514,6 +519,7 @@ class RadixTree:
                 self.journal.cut(node, 0, held)
             del self._child[self._key(parent, self._first_tokens(node))]
             nodes.children[parent] -= 1
+            self.branches -= not nodes.children[parent]
             self.cached_tokens -= nodes.length[node]
         self._forget(node)
         return held

@@ -266,6 +266,9 @@ DAMAGES: dict[str, Damage] = {
     "cached tokens beyond all blocks": Damage(
         lambda s: setattr(s.tree, "cached_tokens", 161), "161 cached tokens, recount", "161 cached"
     ),
+    "branches": Damage(
+        lambda s: setattr(s.tree, "branches", 9), "9 nodes with nodes below them, recount", None
+    ),
     "pins of a leaf": Damage(
         lambda s: s.set(pins__leaf=1),
         "has 1 pins, 0 paths in use end there or pass",

@@ -77,7 +77,7 @@ def test_names_and_units_follow_the_rules() -> None:
         assert family.documentation.endswith(".")
         assert not name.endswith(("_total", "_count", "_sum", "_bucket"))
     for name in metrics.HISTOGRAMS:
-        assert name.endswith(("_tokens", "_seconds"))
+        assert name.endswith(("_tokens", "_nodes", "_seconds"))
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")

@@ -106,6 +106,33 @@ def test_evictions_are_counted_by_policy_and_reason() -> None:
     )
 
 
+def test_how_deep_and_how_wide_the_tree_is() -> None:
+    cache = pt.PrefixCache(40, 2)
+    assert (cache.stats().branches, cache.stats().fan_out) == (0, 0.0)
+    for last in range(3):  # three leaves behind one node
+        with cache.open([1, 2, 3, last]) as sequence:
+            sequence.commit(4)
+    with cache.open([9, 9], namespace="other") as sequence:
+        sequence.commit(2)
+    stats = cache.stats()
+    assert stats.nodes == 5
+    assert stats.branches == 3  # that node and two roots
+    assert stats.fan_out == 5 / 3
+    # Opened behind nothing, twice behind the head, and behind nothing of the other namespace.
+    assert (stats.path_nodes.observed, stats.path_nodes.total) == (4, 2)
+    cache.pin([1, 2, 3, 0])
+    with cache.open([1, 2, 3, 1, 5]) as sequence:
+        sequence.commit(5)
+        forks = sequence.fork(2)
+    gone = cache.stats().delta(stats).path_nodes
+    assert (gone.observed, gone.total) == (4, 2 + 2 + 2 * 3)
+    for fork in forks:
+        fork.close()
+    cache.clear()
+    assert cache.stats().branches == 2  # what the pin keeps: a root, the head and its leaf
+    cache.check()
+
+
 def test_the_times_are_those_of_the_clock() -> None:
     clock = Clock()
     cache = pt.PrefixCache(8, 2, clock=clock)
@@ -135,7 +162,7 @@ def test_a_clock_that_goes_backwards_gives_no_negative_time() -> None:
     clock.turn(-5)
     cache.clear()
     stats = cache.stats()
-    for name in HISTOGRAMS[1:]:
+    for name in ("reuse_gaps", "idle_times", "block_lifetimes"):
         assert getattr(stats, name).observed == 1
         assert getattr(stats, name).total == 0
 

@@ -51,6 +51,9 @@ def run(
     Raises:
         PlanMismatch: a tensor is not of the shape, dtype, device or layout of the plan.
 
+    K and V of all tokens that some query reads must be finite: 0 times NaN is NaN, so that one in a
+    value may reach other queries of its tile. What no query reads may hold anything.
+
     The same tensors give the same bits on every run. Not differentiable: the results carry no
     gradient. `torch.compile` sees one node, the operator prefixtree::run, into which plans go as
     tensors: another plan runs through the same graph.

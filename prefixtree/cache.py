@@ -121,7 +121,9 @@ class PrefixCache(Inspected, Journaled):
         (`Sequence.block_table`): what is shared is then rounded down to whole blocks. With
         `reserve_block_0` block 0 is never handed out: engines write the KV of padding there.
         One thread uses a cache, unless `thread_safe`: then calls wait for each other. `clock` gives
-        the seconds in which `retain` counts and `evictions` says when.
+        the seconds in which `retain` counts and `evictions` says when; should it raise or give no
+        finite number, the call that asked it raises `BrokenInvariant` and the cache refuses further
+        work.
 
         Raises `InvalidArgument` unless both numbers are >= 1 and `align` is one of the two, for an
         unknown policy, and when no block is left to hand out.

@@ -144,21 +144,22 @@ class RaggedInts:
         # Looking through all rows must not be needed more often than as many entries came.
         size = max(LEAST, len(held), 2 * (self._end + count))
         # Memory in use already is faster than new memory, unless it is far too much.
-        if len(self._buffer) // 8 <= size <= len(self._buffer):
-            self._buffer[spans(starts, sizes)] = self.gather(rows, sizes)
-        else:
-            buffer = np.empty(size, np.int32)
-            self._copy(buffer, rows, sizes, starts)
-            self._buffer = buffer
+        fits = len(self._buffer) // 8 <= size <= len(self._buffer)
+        buffer = self._buffer if fits else np.empty(size, np.int32)
+        self._copy(buffer, rows, sizes, starts)
+        self._buffer = buffer
         np.asarray(self._start)[rows] = starts
 
     def _copy(self, buffer: Int32s, rows: Int64s, sizes: Int64s, starts: Int64s) -> None:
-        """Copies the lists to these places of a buffer, none of which a list is read from."""
-        if int(sizes.sum()) < LONG * len(rows):
-            buffer[spans(starts, sizes)] = self.gather(rows, sizes)
+        """Copies the lists to these places of a buffer, which may be the one they are in."""
+        packed = self.gather(rows, sizes)
+        if len(packed) < LONG * len(rows):
+            buffer[spans(starts, sizes)] = packed
         else:  # an index for each entry would take longer than the copies
-            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-                buffer[start : start + self.size[row]] = self.get(row)
+            ends = np.cumsum(sizes)
+            pieces = (starts, starts + sizes, ends - sizes, ends)
+            for start, stop, first, last in zip(*(p.tolist() for p in pieces), strict=True):
+                buffer[start:stop] = packed[first:last]
 
     def _add_rows(self, count: int) -> None:
         rows = len(self.size)

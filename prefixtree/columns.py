@@ -23,6 +23,9 @@ FloatColumn: TypeAlias = "memoryview[float]"
 Int32s: TypeAlias = npt.NDArray[np.int32]
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
+NOTHING: Int32s = np.empty(0, np.int32)
+"""No tokens, no blocks."""
+
 
 class Columns:
     """Rows handed out by `new` and given back by `free`; subclasses name the fields.

@@ -20,10 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prefixtree.columns import Int32s, Int64s
+from prefixtree.columns import NOTHING, Int32s, Int64s
 from prefixtree.tree import DEFAULT, Namespace, RadixTree
-
-NONE = np.empty(0, np.int32)
 
 NOTES = 1024
 """Notes of nodes that grew that are kept before those of the same node are made one."""
@@ -118,7 +116,8 @@ class Journal:
         A few vector operations, and Python work for each run of new blocks that does not lie in the
         tail of an open sequence.
         """
-        removed = np.concatenate([NONE, *self._cut[::-1]])[::-1]  # the last block of a node first
+        # The last block of a node first.
+        removed = np.concatenate([NOTHING, *self._cut[::-1]])[::-1]
         self._cut = []
         self._unite_grown()
         nodes = self._batches.pop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from allocator import EvictionOrder, EvictionPolicy, Usage
-from prefixtree.columns import Int32s, Int64s
+from prefixtree.columns import NOTHING, Int32s, Int64s
 from prefixtree.evictions import Eviction, EvictionCount, EvictionLog
 from prefixtree.histogram import POWERS, SECONDS, Observations
 from prefixtree.retention import Retained, Retention
@@ -185,7 +185,7 @@ class Pins:
             gone = Eviction(start, size - kept, not kept, reason, self._policy.name, now)
             self.log.add(stays, token, gone)
         self._count_evictions(self._policy.name, reason, before)
-        return np.concatenate(held) if held else np.empty(0, np.int32)
+        return np.concatenate(held) if held else NOTHING
 
     def forecast(self) -> list[int]:
         """The nodes that nobody has pinned, in the order in which `evict` would remove them all.
@@ -220,7 +220,7 @@ class Pins:
             held.append(self._remove(node))
             self.log.add(parent, token, gone)
         self._count_evictions("", reason, before)
-        return np.concatenate(held) if held else np.empty(0, np.int32)
+        return np.concatenate(held) if held else NOTHING
 
     def evictions(self) -> tuple[EvictionCount, ...]:
         """All that `evict` and `drop` removed, by policy and reason."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from allocator import BlockPool
-from prefixtree.columns import Int32s, Int64s
+from prefixtree.columns import NOTHING, Int32s, Int64s
 from prefixtree.pins import Pins
 from prefixtree.ragged import spans
 from prefixtree.retention import Retained
@@ -66,7 +66,7 @@ class Tails:
     @property
     def retired(self) -> Int32s:
         """Blocks given up at a commit and kept until their sequence goes on."""
-        return np.concatenate([np.empty(0, np.int32), *self._retired.values()])
+        return np.concatenate([NOTHING, *self._retired.values()])
 
     def retired_by(self, tails: Int64s) -> int:
         """How many blocks come free when these sequences go on."""

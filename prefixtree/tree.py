@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from prefixtree.columns import Column, Columns, FloatColumn, Int32s, Int64s
+from prefixtree.columns import NOTHING, Column, Columns, FloatColumn, Int32s, Int64s
 from prefixtree.errors import InvalidNamespace
 from prefixtree.ragged import RaggedInts
 from prefixtree.tokens import agreement
@@ -107,9 +107,6 @@ class Place(NamedTuple):
     def matched(self) -> int:
         return self.consumed + self.within
 
-
-NOTHING: Int32s = np.empty(0, np.int32)
-"""No blocks to let go."""
 
 NOWHERE = Place(ROOT, 0, -1, 0)
 """Where a walk ends in a namespace that holds nothing."""

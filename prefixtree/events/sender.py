@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Self
 
 import msgspec
-import numpy as np
 import zmq
 
+from prefixtree.columns import NOTHING
 from prefixtree.errors import CannotPublish
 from prefixtree.events.lane import Lane, LaneReader, Place
 from prefixtree.events.ledger import Ledger, Told
@@ -23,8 +23,6 @@ from prefixtree.events.messages import AllBlocksCleared, Event, as_array, num_bl
 from prefixtree.events.progress import Progress, attach
 
 END = (-1).to_bytes(8, "big", signed=True)
-
-NOTHING = np.empty(0, np.int32)
 
 LINGER_MS = 1000
 """How long the end waits for consumers to be sent the rest."""

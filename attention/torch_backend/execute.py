@@ -7,9 +7,10 @@ import torch
 from attention.algebra import Partial, merge_
 from attention.options import RunOptions
 from attention.problem import FLOAT8_DTYPES, Problem
+from attention.torch_backend.bias import Bias
 from attention.torch_backend.groups import Group
 from attention.torch_backend.kv import Caches, caches_of, tokens_of
-from attention.torch_backend.softmax import Bias, softmax
+from attention.torch_backend.softmax import softmax
 
 
 class Layer(NamedTuple):

@@ -113,7 +113,7 @@ def _gather(
     gathered = []
     for one, cache in enumerate(caches, number):
         source = cache.as_strided((rows.num_rows, rows.width), (rows.step, 1))
-        copy = scratch(one, len(rows.chosen), source)
+        copy = scratch(one, len(rows.chosen), rows.width, source.dtype, source.device)
         torch.index_select(source, 0, rows.chosen, out=copy)
         if rows.heads_together:
             if rows.blank is not None:

@@ -22,18 +22,19 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def scratch(number: int, rows: int, like: torch.Tensor) -> torch.Tensor:
-    """Uninitialised [rows, like.shape[1]], of like's dtype and device.
+def scratch(
+    number: int, rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Uninitialised [rows, width].
 
     On a CPU it is the thread's buffer of that number: whoever asks for it next overwrites it.
     """
-    shape = rows, like.shape[1]
-    size = rows * like.shape[1] * like.itemsize
-    if like.device.type != "cpu" or size > MOST_KEPT:
-        return like.new_empty(shape)
+    size = rows * width * dtype.itemsize
+    if device.type != "cpu" or size > MOST_KEPT:
+        return torch.empty((rows, width), dtype=dtype, device=device)
     buffer = _buffers.bytes.get(number)
     if buffer is None or len(buffer) < size:
         # As an ordinary tensor it can be written to in inference mode and outside of it.
         with torch.inference_mode(False):
             buffer = _buffers.bytes[number] = torch.empty(size, dtype=torch.uint8)
-    return buffer[:size].view(like.dtype).view(shape)
+    return buffer[:size].view(dtype).view(rows, width)

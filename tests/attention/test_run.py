@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import Forest, NodeSets
-from attention.torch_backend import softmax
+from attention.torch_backend import fused, softmax
 from tests.attention.checks import assert_as_good_as_flat, attend, plan_of, run
 from tests.attention.strategies import (
     LARGE,
@@ -207,11 +207,11 @@ def test_long_nodes_whose_heads_lie_between_each_other_are_read_in_chunks(
     seen = []
 
     def watched(q: torch.Tensor, k: torch.Tensor, *rest: object) -> object:
-        seen.append(len(k) * (k.shape[2] // softmax.CHUNK))
+        seen.append(len(k) * (k.shape[2] // fused.CHUNK))
         return chunked(q, k, *rest)
 
-    chunked = softmax._chunked
-    monkeypatch.setattr(softmax, "_chunked", watched)
+    chunked = softmax.chunked
+    monkeypatch.setattr(softmax, "chunked", watched)
     first, second = run(case, given_), run(case, given_)
     assert seen == 2 * calls
     assert torch.equal(first[0], second[0])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from allocator import KVStorage
 from attention import Forest
 from prefixtree.bench.shapes import Shape
 from prefixtree.bench.trees import forest_of, path_slots
@@ -51,9 +52,20 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=dtype, device=device, generator=generator)
 
-    cache = num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim
     q = normal(len(forest.leaf), shape.num_q_heads, shape.head_dim)
-    return Inputs(shape, forest, q, normal(*cache), normal(*cache))
+    storage = KVStorage(
+        1,
+        num_blocks,
+        shape.block_size,
+        shape.num_kv_heads,
+        shape.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    (k_cache,), (v_cache,) = storage.k, storage.v
+    return Inputs(
+        shape, forest, q, k_cache.normal_(generator=generator), v_cache.normal_(generator=generator)
+    )
 
 
 class Sample(NamedTuple):

@@ -42,6 +42,8 @@ class Segments(NamedTuple):
         first_block: int64 [M], where the segment's blocks begin in `blocks`.
         row_begin, row_end: int64 [M], rows that attend to the segment, at least one.
         round: int64 [M], segments of one round have no query in common; on a path, rounds ascend.
+        parent: int64 [M], the segment that ends where this one begins on its path; -1 for roots and
+            for those of sets.
         temperature, log_weight: float32 [M], or None for 1 and 0 everywhere: logits of the
             segment's tokens are divided by the one, and the other is added to them.
     """
@@ -61,6 +63,7 @@ class Segments(NamedTuple):
     row_begin: Int64Array
     row_end: Int64Array
     round: Int64Array
+    parent: Int64Array
     temperature: FloatArray | None
     log_weight: FloatArray | None
 
@@ -96,6 +99,11 @@ def _of_forest(
     used = begin < end
     if np.count_nonzero(used) < len(used):
         node, begin, end, depth = node[used], begin[used], end[used], depth[used]
+    segment = np.empty(len(used), np.int64)
+    segment[node] = np.arange(len(node))
+    above = forest.parent.take(node)
+    parent = segment.take(above)
+    parent[above < 0] = -1
     return Segments(
         block_size=forest.block_size,
         blocks=forest.blocks,
@@ -112,6 +120,7 @@ def _of_forest(
         row_begin=begin,
         row_end=end,
         round=depth,
+        parent=parent,
         temperature=None if temperature is None else temperature[node],
         log_weight=None if log_weight is None else log_weight[node],
     )
@@ -152,6 +161,7 @@ def _of_sets(
         row_begin=np.append(0, row_end[:-1]),
         row_end=row_end,
         round=_rounds(of, segment_end, len(members)),
+        parent=np.full(len(distinct), -1),
         temperature=None if temperature is None else temperature[node],
         log_weight=None if log_weight is None else log_weight[node],
     )

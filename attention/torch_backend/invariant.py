@@ -31,9 +31,7 @@ def invariant_groups(problem: Problem, segments: Segments, query: Int64Array) ->
         query: int64 [R], the number by which a row's query goes in the groups.
     """
     weighed = segments.temperature is not None or segments.log_weight is not None
-    parent = np.full(len(segments.start), -1)
-    if not weighed and int((segments.row_end - segments.row_begin).sum()) > len(query):
-        parent = _parents(segments)
+    parent = np.full(len(segments.start), -1) if weighed else segments.parent
     chunks = _chunks(segments, parent)
     return _groups(problem, segments, query, chunks, _chunk_slots(segments, parent, chunks))
 
@@ -62,19 +60,6 @@ def add_up(problem: Problem, groups: list[Group], layer: Layer) -> Partial:
     seen = weight > 0
     o = o / torch.where(seen, weight, 1.0).unsqueeze(3)
     return Partial(o, torch.where(seen, top + torch.log(weight), -torch.inf))
-
-
-def _parents(segments: Segments) -> Int64Array:
-    """The segment above each, -1 for roots: the one of the round before with the row in it."""
-    parent = np.full(len(segments.start), -1)
-    above: Int64Array = np.flatnonzero(segments.round == 0)
-    for depth in range(1, int(segments.round.max()) + 1):
-        above = above[np.argsort(segments.row_begin[above], kind="stable")]
-        level = np.flatnonzero(segments.round == depth)
-        found = np.searchsorted(segments.row_begin[above], segments.row_begin[level], side="right")
-        parent[level] = above[found - 1]
-        above = level
-    return parent
 
 
 def _chunks(segments: Segments, parent: Int64Array) -> WorkItems:

@@ -17,11 +17,17 @@ from attention.torch_backend.execute import execute, layer_of
 from attention.torch_backend.groups import make_groups
 from attention.torch_backend.invariant import add_up, invariant_groups
 from attention.torch_backend.items import work_items
+from attention.torch_backend.joined import join_short
 from attention.torch_backend.tail import Tail
 
 
 class TorchWork:
-    """The work items of segments and the batched calls they are run in."""
+    """The work items of segments and the batched calls they are run in.
+
+    Attributes:
+        segments: what was planned, as it is read: short segments joined to others.
+        items: of these segments, before they are cut to the size of calls.
+    """
 
     name = "torch"
 
@@ -39,8 +45,10 @@ class TorchWork:
 
         Raises PlanMismatch as when the work was made, which is left as it was.
         """
+        if segments.on_paths and not self.problem.batch_invariant:
+            segments = join_short(self.problem, segments)
         self._tail = Tail(self.problem, segments, self._reserve)
-        self._segments = segments
+        self.segments = segments
         self._plan(segments)
 
     def _plan(self, segments: Segments) -> None:
@@ -81,7 +89,7 @@ class TorchWork:
         if self.problem.window is None:
             self._position = self._position + 1
         else:
-            self._plan(self._segments._replace(position=self._tail.position))
+            self._plan(self.segments._replace(position=self._tail.position))
 
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 import attention
 from attention import Forest, Plan
 from attention.order import depth_first
-from tests.attention.strategies import LARGE, Node, build_forest, forests, level_forest
+from attention.torch_backend.places import slots_of
+from tests.attention.strategies import (
+    LARGE,
+    Node,
+    build_forest,
+    forests,
+    level_forest,
+    path_slots,
+)
 
 windows = st.none() | st.sampled_from((1, 2, 9, 33, 100))
 
@@ -25,15 +33,11 @@ def plan_of(forest: Forest, window: int | None = None) -> Plan:
     )
 
 
-def seen_tokens(forest: Forest, window: int | None) -> list[set[tuple[int, int]]]:
-    """For each query in packed order, the (node, token of the node) pairs it sees."""
+def seen_slots(forest: Forest, window: int | None) -> list[set[int]]:
+    """For each query in packed order, the slots of the tokens it sees."""
     seen = []
     for leaf, query_len in zip(forest.leaf, forest.query_len, strict=True):
-        path = []
-        node = int(leaf)
-        while node >= 0:
-            path[:0] = [(node, token) for token in range(forest.length[node])]
-            node = int(forest.parent[node])
+        path = path_slots(forest, int(leaf)).tolist()
         for position in range(len(path) - query_len, len(path)):
             first = 0 if window is None else max(0, position - window + 1)
             seen.append(set(path[first : position + 1]))
@@ -45,26 +49,21 @@ def test_items_cover_what_each_query_sees_exactly_once(
     forest: tuple[Forest, int], window: int | None
 ) -> None:
     plan = plan_of(forest[0], window)
-    expected = seen_tokens(forest[0], window)
-    covered: list[list[tuple[int, int]]] = [[] for _ in expected]
+    expected = seen_slots(forest[0], window)
+    covered: list[list[int]] = [[] for _ in expected]
     rounds: set[tuple[int, int]] = set()
     for index in range(len(plan.work.items.segment)):
         item = plan.work.items.take(np.array([index]))
-        node, begin, length = (
-            int(plan.segments.node[item.segment[0]]),
-            int(item.kv_begin[0]),
-            int(item.kv_len[0]),
-        )
-        tokens = {(node, token) for token in range(begin, begin + length)}
+        slots = set(slots_of(plan.work.segments, item, item.kv_len).tolist())
         for query in range(int(item.row_begin[0]), int(item.row_end[0])):
             packed = int(plan.segments.query[query])
             if not item.masked[0]:
-                assert tokens <= expected[packed]
-            covered[packed] += tokens & expected[packed]
+                assert slots <= expected[packed]
+            covered[packed] += slots & expected[packed]
             assert (int(item.round[0]), query) not in rounds
             rounds.add((int(item.round[0]), query))
-    for tokens_of_query, expected_of_query in zip(covered, expected, strict=True):
-        assert sorted(tokens_of_query) == sorted(expected_of_query)
+    for slots_of_query, expected_of_query in zip(covered, expected, strict=True):
+        assert sorted(slots_of_query) == sorted(expected_of_query)
 
 
 @pytest.mark.parametrize("window", [None, 50, 300])
@@ -81,21 +80,20 @@ def test_items_of_a_round_have_no_query_in_common(shape: str, window: int | None
 @given(forests(), windows)
 def test_every_item_is_seen_by_some_query(forest: tuple[Forest, int], window: int | None) -> None:
     plan = plan_of(forest[0], window)
-    expected = seen_tokens(forest[0], window)
+    expected = seen_slots(forest[0], window)
     items = plan.work.items
-    nodes = plan.segments.node[items.segment]
-    for index in range(len(nodes)):
-        ends = (items.kv_begin[index], items.kv_begin[index] + items.kv_len[index] - 1)
+    for index in range(len(items.segment)):
+        item = items.take(np.array([index]))
+        slots = slots_of(plan.work.segments, item, item.kv_len)
         queries = range(items.row_begin[index], items.row_end[index])
-        for token in ends:
-            pair = (int(nodes[index]), int(token))
-            assert any(pair in expected[plan.segments.query[query]] for query in queries)
+        for slot in (int(slots[0]), int(slots[-1])):
+            assert any(slot in expected[plan.segments.query[query]] for query in queries)
 
 
 @given(forests())
 def test_tokens_read_without_a_window(forest: tuple[Forest, int]) -> None:
     plan = plan_of(forest[0])
-    seen = seen_tokens(forest[0], None)
+    seen = seen_slots(forest[0], None)
     assert plan.kv_tokens_read == len(set().union(*seen))
     path_len = forest[0].start + forest[0].length
     assert plan.kv_tokens_per_path == path_len[forest[0].leaf].sum()

@@ -11,11 +11,10 @@ from attention.segments import Segments
 from attention.torch_backend.items import BoolArray, WorkItems
 from attention.torch_backend.places import places_of
 
-# Bounds of what one call holds: KV gathered (K and V together), KV read in place, tokens of an
-# item, queries, their results. Larger results leave the cache before they are merged, and the
-# memory for them goes back to the system between calls.
+# Bounds of what one call holds: KV gathered (K and V together), tokens of a gathered item, queries,
+# their results. Larger results leave the cache before they are merged, and the memory for them goes
+# back to the system between calls.
 GATHER_BYTES = 4 << 20
-IN_PLACE_BYTES = 64 << 20
 KV_TILE = 2048
 MAX_QUERIES = 1024
 RESULT_BYTES = 4 << 20
@@ -153,8 +152,7 @@ def _views(
     size = _sizes(first, len(chosen))
     lead = chosen.take(first)
     bytes_ = size * tokens.take(lead) * problem.token_bytes
-    calls = np.maximum(IN_PLACE_BYTES * size // bytes_, 1)
-    calls = np.minimum(calls, np.maximum(most_queries(problem) // num_rows.take(lead), 1))
+    calls = np.maximum(most_queries(problem) // num_rows.take(lead), 1)
     behind = np.zeros(len(block), np.int64)
     np.subtract(block[1:], block[:-1], out=behind[:-1])
     step = behind.take(first)

@@ -24,22 +24,22 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
     O(segments), and for those that are joined O(their blocks * their depth).
     """
     parent, length = segments.parent, segments.length
-    num_children = np.bincount(parent[parent >= 0], minlength=len(length))
+    num_children = np.bincount(parent + 1, minlength=len(length) + 1)[1:]
     rows = segments.row_end - segments.row_begin
     cost = (num_children - 1) * problem.token_bytes
     gain = rows * (problem.num_q_heads * problem.value_head_dim * BYTES_A_NUMBER)
     # What is read in place by itself is left alone.
     short = length * problem.token_bytes < WORTH_A_CALL
-    joins = short & (num_children > 0) & (cost * length <= gain)
-    if not np.count_nonzero(joins):
+    joins = short & (num_children > 0)
+    joins &= cost * length <= gain
+    below = _children(parent, joins)
+    if not len(below):
         return segments
-    (below,) = (parent >= 0).nonzero()
     above = parent.take(below)
-    fits = short.take(below) & _follows(segments, below, above)
-    joins[above[~fits]] = False
+    joins[above[~(short.take(below) & _follows(segments, below, above))]] = False
     # Rows of its own would have to be left with it.
     joins &= np.bincount(above, rows.take(below), len(length)) == rows
-    below = below[joins.take(above)]
+    below = _children(parent, joins)
     if not len(below):
         return segments
 
@@ -52,6 +52,11 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
         joined = joins.take(above)
         length[level[joined]] += length[above[joined]]
     return _without(segments, joins, length)
+
+
+def _children(parent: Int64Array, chosen: BoolArray) -> Int64Array:
+    below: Int64Array = (chosen.take(parent) & (parent >= 0)).nonzero()[0]
+    return below
 
 
 def _follows(segments: Segments, below: Int64Array, above: Int64Array) -> BoolArray:

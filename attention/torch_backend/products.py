@@ -55,14 +55,14 @@ def by_products(
     step = max(LOGITS // min(tokens, KV_TILE), 1)
     for item in range(size):
         for head in range(heads):
-            queries = q[item, head].to(torch.float32) * scale
+            queries = _copied(q[item, head], 4).mul_(scale)
             for begin in range(0, tokens, KV_TILE):
                 of = slice(begin, begin + KV_TILE)
                 keys = _side_by_side(k[item, head, of], 2)
                 values = keys if same else _side_by_side(v[item, head, of, :width], 3)
                 for first in range(0, rows, step):
                     some = slice(first, first + step)
-                    logits = _product(queries[some], keys)
+                    logits = product(queries[some], keys)
                     if softcap is not None:
                         logits.div_(softcap).tanh_().mul_(softcap)
                     part = _weighted(logits, bias.of(item, head, some, of), values)
@@ -83,21 +83,25 @@ def _weighted(logits: torch.Tensor, added: torch.Tensor | None, values: torch.Te
     top = logits.amax(1)
     # The largest weight is 1 over the sum of the others as parts of it.
     lse = top - weights.amax(1).log_()
-    o = _product(weights, values.t())
+    o = product(weights, values.t())
     if added is None:
         return Partial(o, lse)
     unseen = top == -torch.inf
     return Partial(o.masked_fill_(unseen.unsqueeze(1), 0.0), lse.masked_fill_(unseen, -torch.inf))
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [m, k] times the transpose of b [n, k], whose rows or columns lie side by side."""
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return product
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """float32 a [m, k] times the transpose of b [n, k], whose rows or columns lie side by side."""
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return result
 
 
 def _side_by_side(x: torch.Tensor, number: int) -> torch.Tensor:
     """x [tokens, d] as float32 rows without a gap, in the scratch buffer of that number if not."""
     if x.dtype == torch.float32 and x.is_contiguous():
         return x
+    return _copied(x, number)
+
+
+def _copied(x: torch.Tensor, number: int) -> torch.Tensor:
     return scratch(number, len(x), x.shape[1], torch.float32, x.device).copy_(x)

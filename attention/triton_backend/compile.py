@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-_OPTIONS = ("num_warps",)
+_OPTIONS = ("num_warps", "num_stages")
 _TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -47,7 +47,7 @@ def compile_for(arch: str, kernel: Any, arguments: dict[str, Any]) -> CompiledKe
         if isinstance(value, torch.Tensor) or (specialized and _is_int(value) and value % 16 == 0):
             attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {name: arguments[name] for name in _OPTIONS}
+    options = {name: arguments[name] for name in _OPTIONS if name in arguments}
     return triton.compile(source, target=_target(arch), options=options)
 
 

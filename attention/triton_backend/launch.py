@@ -155,8 +155,8 @@ def segment_arguments(
         "BLOCK_SIZE": k_cache.shape[1 if problem.layout == "NHD" else 2],
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "NUM_STAGES": tile.num_stages,
         "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 

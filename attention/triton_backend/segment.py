@@ -68,7 +68,6 @@ def segment(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
 ):
     """What is None is not there; grid: capacity * NUM_KV_HEADS * ceil(GROUP / HEADS)."""
     # Heads are the fastest: programs start in the order of the units, the longest first.
@@ -151,7 +150,6 @@ def segment(
             V2,
             BLOCK_SIZE,
             BLOCK_N,
-            NUM_STAGES,
             masked,
         )
 
@@ -217,36 +215,39 @@ def _walk(
     V2: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Online softmax over the lanes of the entries, with visibility only where it is MASKED."""
     dtype: tl.constexpr = q1.dtype
     count = (entry_end - entry_begin) << log2_width
-    entry, token, slot, length = lanes(
-        0, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
-    )
-    for first in tl.range(0, count, BLOCK_N, num_stages=NUM_STAGES):
-        real = token < length
+    slot = slots(0, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N)
+    # The number of stages is the launch's: given to the loop it would hold for loads of slots, too,
+    # for which those of K and V would then wait, and nothing would be loaded ahead. What the loop
+    # does not change stays in it: hoisted, descriptors of 576 columns of q fill 72 registers.
+    for first in tl.range(0, count, BLOCK_N, disable_licm=True):
+        stored = slot >= 0
         # Unsigned, a power of two is a shift.
         block = (slot.to(tl.uint32) // BLOCK_SIZE).to(tl.int32)
         k_offset = _offset(block, slot - block * BLOCK_SIZE, k_stride_block, k_stride_slot)
         k_row = k_head + k_offset
-        k1 = widened(_columns(k_row, real, 0, D1, HEAD_DIM), dtype)
+        k1 = widened(_columns(k_row, stored, 0, D1, HEAD_DIM), dtype)
         logits = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         k2 = None
         if D2 > 0:
-            k2 = widened(_columns(k_row, real, D1, D2, HEAD_DIM), dtype)
+            k2 = widened(_columns(k_row, stored, D1, D2, HEAD_DIM), dtype)
             logits = tl.dot(q2, tl.trans(k2), logits, input_precision="ieee")
 
+        entry, token = lanes(first, entry_begin, log2_width, BLOCK_N)
+        listed = entry < entry_end
+        real = token < tl.load(entry_length + entry, mask=listed, other=0)
         # What is added to a lane's logits also takes care of lanes without a token, at no cost.
         bias = tl.where(real, 0.0, float("-inf"))
         if entry_bias is not None:
-            weight = tl.load(entry_bias + entry, mask=real, other=0.0) * LOG2_E
+            weight = tl.load(entry_bias + entry, mask=listed, other=0.0) * LOG2_E
             bias = tl.where(real, weight, float("-inf"))
         lane_factor = factor
         if entry_scale is not None:
-            lane_factor = factor * tl.load(entry_scale + entry, mask=real, other=0.0)[None, :]
+            lane_factor = factor * tl.load(entry_scale + entry, mask=listed, other=0.0)[None, :]
         if softcap is not None:
             grown = tl.exp2(logits * (lane_factor * (2.0 * LOG2_E / softcap)))
             capped = 1.0 - 2.0 / (grown + 1.0)  # tanh
@@ -261,15 +262,16 @@ def _walk(
         else:
             logits = logits * (lane_factor * LOG2_E) + bias[None, :]
         if MASKED or slope is not None:
-            position = tl.load(entry_position + entry, mask=real, other=0) + token
+            position = tl.load(entry_position + entry, mask=listed, other=0) + token
             behind = own[:, None] - position[None, :]
             if slope is not None:
                 logits -= slope[:, None] * behind
             if MASKED:
-                row_begin = tl.load(entry_row_begin + entry, mask=real, other=0)
-                row_end = tl.load(entry_row_end + entry, mask=real, other=0)
-                seen = (row[:, None] >= row_begin[None, :]) & (row[:, None] < row_end[None, :])
-                seen &= behind >= 0
+                row_begin = tl.load(entry_row_begin + entry, mask=listed, other=0)
+                row_end = tl.load(entry_row_end + entry, mask=listed, other=0)
+                logits = tl.where(row[:, None] >= row_begin[None, :], logits, float("-inf"))
+                logits = tl.where(row[:, None] < row_end[None, :], logits, float("-inf"))
+                seen = behind >= 0
                 if window is not None:
                     seen &= (behind < window) | (position < sink_tokens)[None, :]
                 logits = tl.where(seen, logits, float("-inf"))
@@ -293,38 +295,38 @@ def _walk(
                 v_row = v_head + _offset(
                     block, slot - block * BLOCK_SIZE, v_stride_block, v_stride_slot
                 )
-            v1 = widened(_columns(v_row, real, 0, V1, VALUE_DIM), dtype)
+            v1 = widened(_columns(v_row, stored, 0, V1, VALUE_DIM), dtype)
             acc1 = tl.dot(weights, v1, acc1, input_precision="ieee")
             if V2 > 0:
-                v2 = widened(_columns(v_row, real, V1, V2, VALUE_DIM), dtype)
+                v2 = widened(_columns(v_row, stored, V1, V2, VALUE_DIM), dtype)
                 acc2 = tl.dot(weights, v2, acc2 * decay[:, None], input_precision="ieee")
         # One step ahead, so that loads of K and V wait for no other load and are pipelined.
-        entry, token, slot, length = lanes(
+        slot = slots(
             first + BLOCK_N, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N
         )
     return largest, total, acc1, acc2
 
 
 @triton.jit
-def lanes(
-    first,
-    entry_begin,
-    entry_end,
-    log2_width,
-    entry_slot,
-    entry_length,
-    BLOCK_N: tl.constexpr,
-):
-    """Of BLOCK_N lanes of a unit: entry, token in it, its slot, and the length of the entry.
+def lanes(first, entry_begin, log2_width, BLOCK_N: tl.constexpr):
+    """Entry, and token in it, of BLOCK_N lanes of a unit, from a multiple of BLOCK_N on."""
+    # Of two powers of two one divides the other, so the remainders add up. The sum of both would be
+    # a term of entry and token alike, which the pipeline keeps in registers from stage to stage.
+    lane = tl.arange(0, BLOCK_N)
+    within = (1 << log2_width) - 1
+    return entry_begin + ((first + lane) >> log2_width), (first & within) + (lane & within)
 
-    A lane is a token if `token < length`.
-    """
-    lane = first + tl.arange(0, BLOCK_N)
-    entry = entry_begin + (lane >> log2_width)
-    token = lane & ((1 << log2_width) - 1)
-    length = tl.load(entry_length + entry, mask=entry < entry_end, other=0)
-    slot = tl.load(entry_slot + entry, mask=entry < entry_end, other=0) + token
-    return entry, token, slot, length
+
+@triton.jit
+def slots(
+    first, entry_begin, entry_end, log2_width, entry_slot, entry_length, BLOCK_N: tl.constexpr
+):
+    """Slot of BLOCK_N lanes of a unit, -1 where there is no token."""
+    entry, token = lanes(first, entry_begin, log2_width, BLOCK_N)
+    listed = entry < entry_end
+    length = tl.load(entry_length + entry, mask=listed, other=0)
+    slot = tl.load(entry_slot + entry, mask=listed, other=0)
+    return tl.where(token < length, slot + token, -1)
 
 
 @triton.jit

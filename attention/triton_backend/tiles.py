@@ -71,30 +71,33 @@ class _Arch(NamedTuple):
     Attributes:
         shared: bytes of shared memory that a program may have.
         fat_rows: rows of a fat tile, where its accumulators fit in registers.
+        fat_tokens: tokens of a step of it, where their logits do, too.
+        fat_warps: warps of it.
         max_stages: stages of loads; the last one computes, the others have a buffer each.
-        fat_warps: warps of a fat tile.
-        wide_stages: most stages where values are wider than 256, as in latent attention: what
-            accumulators need of shared memory differs between architectures.
+        wide_tokens, wide_stages: of a fat tile whose values are wider than 256, as in latent
+            attention: what accumulators need of shared memory differs between architectures.
     """
 
     shared: int
     fat_rows: int
-    max_stages: int
+    fat_tokens: int
     fat_warps: int
+    max_stages: int
+    wide_tokens: int
     wide_stages: int
 
 
 _ARCHS = {
-    "sm_80": _Arch(163 * _KIB, 128, 4, 8, 2),
-    "sm_87": _Arch(163 * _KIB, 128, 4, 8, 2),
-    "sm_90": _Arch(227 * _KIB, 128, 4, 8, 3),
-    "sm_100": _Arch(227 * _KIB, 128, 4, 8, 2),
-    "sm_103": _Arch(227 * _KIB, 128, 4, 8, 2),
-    "gfx942": _Arch(64 * _KIB, 128, 2, 4, 2),
-    "gfx950": _Arch(160 * _KIB, 128, 2, 4, 2),
+    "sm_80": _Arch(163 * _KIB, 128, 32, 8, 4, 16, 4),
+    "sm_87": _Arch(163 * _KIB, 128, 32, 8, 4, 16, 4),
+    "sm_90": _Arch(227 * _KIB, 128, 64, 8, 4, 32, 3),
+    "sm_100": _Arch(227 * _KIB, 128, 64, 8, 4, 32, 2),
+    "sm_103": _Arch(227 * _KIB, 128, 64, 8, 4, 32, 2),
+    "gfx942": _Arch(64 * _KIB, 128, 32, 4, 2, 32, 2),
+    "gfx950": _Arch(160 * _KIB, 128, 32, 4, 2, 32, 2),
 }
-_OTHER_CUDA = _Arch(99 * _KIB, 64, 3, 8, 2)  # the least of any since sm_80
-_OTHER_HIP = _Arch(64 * _KIB, 64, 2, 4, 2)
+_OTHER_CUDA = _Arch(99 * _KIB, 64, 64, 8, 3, 32, 2)  # the least of any since sm_80
+_OTHER_HIP = _Arch(64 * _KIB, 64, 64, 4, 2, 32, 2)
 
 
 @lru_cache
@@ -132,14 +135,14 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
     value_dim = sum(split_dim(problem.value_head_dim))
     token_bytes = (head_dim + value_dim) * problem.kv_dtype.itemsize
 
-    def tile(block_m: int, block_n: int, num_warps: int, shared: int) -> Tile:
+    def tile(
+        block_m: int, block_n: int, num_warps: int, shared: int, most: int = limits.max_stages
+    ) -> Tile:
         query_bytes = block_m * head_dim * problem.dtype.itemsize
         while block_n > 16 and query_bytes + block_n * token_bytes > shared:
             block_n //= 2
         buffers = max(0, shared - query_bytes) // (block_n * token_bytes)
-        most = limits.wide_stages if value_dim > 256 else limits.max_stages
-        num_stages = min(most, 1 + buffers)
-        return Tile(block_m, block_n, num_warps, num_stages, block_m // heads)
+        return Tile(block_m, block_n, num_warps, min(most, 1 + buffers), block_m // heads)
 
     # Two programs of a lean tile share a multiprocessor: one loads while the other one computes.
     half = limits.shared // 2
@@ -149,12 +152,12 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
         fat = tile(max(fewest, 32), 16, 8, limits.shared)
         return Tiles(heads, lean, fat, fat)
     wide = head_dim + value_dim > 256
-    fat = tile(
-        max(fewest, 64 if wide else limits.fat_rows),
-        32 if wide else 64,
-        limits.fat_warps,
-        limits.shared,
-    )
+    fat_rows = max(fewest, 64 if wide else limits.fat_rows)
+    if value_dim > 256:
+        tokens, stages = limits.wide_tokens, limits.wide_stages
+    else:
+        tokens, stages = 32 if wide else limits.fat_tokens, limits.max_stages
+    fat = tile(fat_rows, tokens, limits.fat_warps, limits.shared, stages)
     if fewest == fat.block_m:
         return Tiles(heads, fat, fat, fat)
     # Float8 is converted in registers, which do not hold more tokens for it.

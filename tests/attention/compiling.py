@@ -120,7 +120,10 @@ def compiled_expand(arch: str, *, weighted: bool) -> Any:
 
 
 def report(kernel: Any) -> dict[str, int]:
-    """Shared memory, stack or spilled registers, and how matrices are multiplied and loaded."""
+    """Shared memory, stack or spilled registers, and how matrices are multiplied and loaded.
+
+    ahead: most groups of copies that a wait leaves in flight, 0 if none is loaded ahead.
+    """
     found = {"shared": kernel.metadata.shared}
     if "amdgcn" in kernel.asm:
         code = kernel.asm["amdgcn"]
@@ -142,6 +145,7 @@ def report(kernel: Any) -> dict[str, int]:
         "matrix": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", code)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", code)),
         "copies": len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10, ", code)),
+        "ahead": max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", code)), default=0),
     }
 
 

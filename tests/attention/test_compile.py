@@ -14,17 +14,10 @@ import pytest
 from attention.triton_backend.tiles import shared_memory
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Bytes that registers do not hold: next to 64 rows of 512 columns on sm_90 and in tensor memory's
-# way through them on sm_100, a few dozen values wait in the first cache.
-STACK = {
-    ("sm_80", "everything"): 16,
-    ("sm_90", "latent"): 120,
-    ("sm_100", "latent"): 128,
-    ("sm_100", "fat"): 128,
-    ("gfx942", "latent"): 64,
-}
+# Bytes that registers do not hold: with all options, next to float8 that is converted by hand.
+STACK = {("sm_80", "everything"): 40}
 # What a compiler makes of the rest differs from version to version; this is of the one that the
-# README installs. Lean and fat tiles on sm_90 spill nothing with 3.6, 3.7 and 3.9.
+# README installs. Lean, fat and latent on sm_90 spill nothing with 3.6, 3.7 and 3.9.
 IS_INSTALLED_VERSION = version("triton").startswith("3.7.")
 
 
@@ -57,10 +50,13 @@ def test_compiles_within_the_registers_and_shared_memory(arch: str, tmp_path: Pa
             assert found["shared"] <= shared_memory(arch), variant
         assert variant["merge"]["stack"] == 0, variant
         name = variant["variant"]
-        if IS_INSTALLED_VERSION or (arch == "sm_90" and name in ("lean", "fat")):
+        if IS_INSTALLED_VERSION or (arch == "sm_90" and name in ("lean", "fat", "latent")):
             assert variant["segment"]["stack"] <= STACK.get((arch, name), 0), variant
         if variant["variant"] != "float32":
             assert variant["segment"]["matrix"] > 0, variant
+        if arch != "gfx942":
+            # The next keys and values are on their way while these are computed with.
+            assert variant["segment"]["ahead"] > 0, variant
         if arch == "sm_90":
             # Keys and values come 16 bytes a thread, straight to shared memory.
             assert variant["segment"]["copies"] > 0 or variant["variant"] == "float32", variant

@@ -74,8 +74,8 @@ class _Arch(NamedTuple):
         fat_tokens: tokens of a step of it, where their logits do, too.
         fat_warps: warps of it.
         max_stages: stages of loads; the last one computes, the others have a buffer each.
-        wide_tokens, wide_stages: of a fat tile whose values are wider than 256, as in latent
-            attention: what accumulators need of shared memory differs between architectures.
+        wide_rows, wide_tokens, wide_stages: of a fat tile whose values are wider than 256, as in
+            latent attention: what it needs of shared memory differs between architectures.
     """
 
     shared: int
@@ -83,21 +83,22 @@ class _Arch(NamedTuple):
     fat_tokens: int
     fat_warps: int
     max_stages: int
+    wide_rows: int
     wide_tokens: int
     wide_stages: int
 
 
 _ARCHS = {
-    "sm_80": _Arch(163 * _KIB, 128, 32, 8, 4, 16, 4),
-    "sm_87": _Arch(163 * _KIB, 128, 32, 8, 4, 16, 4),
-    "sm_90": _Arch(227 * _KIB, 128, 64, 8, 4, 32, 3),
-    "sm_100": _Arch(227 * _KIB, 128, 64, 8, 4, 32, 2),
-    "sm_103": _Arch(227 * _KIB, 128, 64, 8, 4, 32, 2),
-    "gfx942": _Arch(64 * _KIB, 128, 32, 4, 2, 32, 2),
-    "gfx950": _Arch(160 * _KIB, 128, 32, 4, 2, 32, 2),
+    "sm_80": _Arch(163 * _KIB, 128, 32, 8, 4, 64, 16, 4),
+    "sm_87": _Arch(163 * _KIB, 128, 32, 8, 4, 64, 16, 4),
+    "sm_90": _Arch(227 * _KIB, 128, 64, 8, 4, 64, 32, 3),
+    "sm_100": _Arch(227 * _KIB, 128, 64, 8, 4, 64, 32, 2),
+    "sm_103": _Arch(227 * _KIB, 128, 64, 8, 4, 64, 32, 2),
+    "gfx942": _Arch(64 * _KIB, 128, 32, 4, 2, 64, 32, 2),
+    "gfx950": _Arch(160 * _KIB, 128, 32, 4, 2, 64, 32, 2),
 }
-_OTHER_CUDA = _Arch(99 * _KIB, 64, 64, 8, 3, 32, 2)  # the least of any since sm_80
-_OTHER_HIP = _Arch(64 * _KIB, 64, 64, 4, 2, 32, 2)
+_OTHER_CUDA = _Arch(99 * _KIB, 64, 64, 8, 3, 32, 32, 2)  # the least of any since sm_80
+_OTHER_HIP = _Arch(64 * _KIB, 64, 64, 4, 2, 64, 32, 2)
 
 
 @lru_cache
@@ -152,12 +153,12 @@ def tiles_for(problem: Problem, arch: str | None = None) -> Tiles:
         fat = tile(max(fewest, 32), 16, 8, limits.shared)
         return Tiles(heads, lean, fat, fat)
     wide = head_dim + value_dim > 256
-    fat_rows = max(fewest, 64 if wide else limits.fat_rows)
+    rows, tokens, stages = limits.fat_rows, limits.fat_tokens, limits.max_stages
     if value_dim > 256:
-        tokens, stages = limits.wide_tokens, limits.wide_stages
-    else:
-        tokens, stages = 32 if wide else limits.fat_tokens, limits.max_stages
-    fat = tile(fat_rows, tokens, limits.fat_warps, limits.shared, stages)
+        rows, tokens, stages = limits.wide_rows, limits.wide_tokens, limits.wide_stages
+    elif wide:
+        rows, tokens = 64, 32
+    fat = tile(max(fewest, rows), tokens, limits.fat_warps, limits.shared, stages)
     if fewest == fat.block_m:
         return Tiles(heads, fat, fat, fat)
     # Float8 is converted in registers, which do not hold more tokens for it.

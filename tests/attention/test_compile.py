@@ -13,7 +13,8 @@ import pytest
 
 from attention.triton_backend.tiles import shared_memory
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# sm_86 stands for those with the least shared memory.
+ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 # Bytes that registers do not hold: with all options, next to float8 that is converted by hand.
 STACK = {("sm_80", "everything"): 40}
 # What a compiler makes of the rest differs from version to version; this is of the one that the
@@ -54,7 +55,7 @@ def test_compiles_within_the_registers_and_shared_memory(arch: str, tmp_path: Pa
             assert variant["segment"]["stack"] <= STACK.get((arch, name), 0), variant
         if variant["variant"] != "float32":
             assert variant["segment"]["matrix"] > 0, variant
-        if arch != "gfx942":
+        if arch in ("sm_80", "sm_90", "sm_100"):
             # The next keys and values are on their way while these are computed with.
             assert variant["segment"]["ahead"] > 0, variant
         if arch == "sm_90":

@@ -79,7 +79,9 @@ def _weighted(logits: torch.Tensor, added: torch.Tensor | None, values: torch.Te
     """The partial of rows whose logits are [rows, tokens], with something added to them."""
     if added is not None:
         logits += added
-    weights = torch.softmax(logits, 1)
+    # In memory that is kept, as the logits cannot be: for both the system would fetch new pages.
+    weights = scratch(5, *logits.shape, logits.dtype, logits.device)
+    torch.softmax(logits, 1, out=weights)
     top = logits.amax(1)
     # The largest weight is 1 over the sum of the others as parts of it.
     lse = top - weights.amax(1).log_()

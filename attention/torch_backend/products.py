@@ -80,7 +80,7 @@ def _weighted(logits: torch.Tensor, added: torch.Tensor | None, values: torch.Te
     if added is not None:
         logits += added
     # In memory that is kept, as the logits cannot be: for both the system would fetch new pages.
-    weights = scratch(5, *logits.shape, logits.dtype, logits.device)
+    weights = scratch(5, len(logits), logits.shape[1], logits.dtype, logits.device)
     torch.softmax(logits, 1, out=weights)
     top = logits.amax(1)
     # The largest weight is 1 over the sum of the others as parts of it.

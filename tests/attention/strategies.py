@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from attention import Forest, NodeSets
 from attention.problem import FLOAT8_DTYPES
 
-STRIDES = ("beside", "plain", "interleaved", "padded heads", "padded blocks", "other layout")
+STRIDES = (
+    "beside",
+    "plain",
+    "interleaved",
+    "padded heads",
+    "padded slots",
+    "padded blocks",
+    "other layout",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -373,6 +381,10 @@ def _empty_cache(case: Case, head_dim: int) -> torch.Tensor:
             size = math.prod(inner) * head_dim
             wide = torch.empty(case.num_blocks, size + 8, dtype=dtype)
             return wide[:, :size].unflatten(1, (*inner, head_dim))
+        case "padded slots":
+            # Or padded heads in HND.
+            wide = torch.empty(case.num_blocks, inner[0], inner[1] * head_dim + 16, dtype=dtype)
+            return wide[..., :-16].unflatten(2, (inner[1], head_dim))
         case "padded heads":
             wide = torch.empty(case.num_blocks, *inner, head_dim + 8, dtype=dtype)
             return wide[..., :head_dim]

@@ -273,6 +273,30 @@ class PrefixIndex(Inspected, Journaled):
         return place.matched
 
     @guarded
+    def replace(self, prefix: Prefix, blocks: ArrayLike, start: SupportsIndex = 0) -> Int32s:
+        """Puts a prefix's tokens from position `start` on into other blocks, with the same KV.
+
+        For engines that computed again what is here, and would rather give up the older copy.
+        `blocks`: integers, up to the prefix's end at most; those that are there already stay.
+        Returns the blocks that are the engine's again, in the order of their positions.
+
+        Raises `PrefixGone`, `InvalidLength` as `blocks` does, and `InvalidArgument` and
+        `BlockTaken` as `insert`, also for blocks that change places. O(blocks + depth); with KV
+        events O(nodes of the index), as they tell anew of all that lies behind.
+        """
+        first, size = as_integer("start", start), self.block_size
+        ids = self._as_blocks(blocks, np.size(blocks) * size)
+        last = first + len(ids) * size
+        old = self.blocks(prefix, first, last)
+        other = ids != old
+        freed: Int32s = old[other]
+        self._blocks.add(ids[other])
+        self._blocks.remove(freed)
+        if len(freed):
+            self._put_into(prefix, first, last, ids.astype(np.int32))
+        return freed
+
+    @guarded
     def retain(
         self,
         prefix: Prefix,
@@ -322,25 +346,26 @@ class PrefixIndex(Inspected, Journaled):
             node = nodes.parent[node]
 
     @guarded
-    def evict(self, num_blocks: int) -> Int32s:
+    def evict(self, num_blocks: int, *, last_first: bool = False) -> Int32s:
         """Drops what nobody holds, leaves first in the policy's order, and returns its blocks.
 
         `num_blocks` of them, fewer only when nothing is left. The last leaf loses only its end
         where that is enough. The blocks of a node come in the order of their positions: a run of
-        neighbours stays one for who is given it next. Raises `InvalidLength` for a negative number.
-        O(log leaves) a node.
+        neighbours stays one for who is given it next. With `last_first` they come as they go, the
+        end of a node before its beginning, as `eviction_order` has it. Raises `InvalidLength` for a
+        negative number. O(log leaves) a node.
         """
         num_blocks = as_integer("num_blocks", num_blocks)
         if num_blocks < 0:
             raise InvalidLength(f"num_blocks must be >= 0, got {num_blocks}")
-        return self._given_back(self._pins.evict(num_blocks, "evict"))
+        return self._given_back(self._pins.evict(num_blocks, "evict", last_first=last_first))
 
     @guarded
     def eviction_order(self) -> Int32s:
         """The blocks that nobody holds, in the order in which they would go; all of them stay.
 
-        The first n of them are what `evict(n)` would return now, where each node's come in the
-        order of their positions. O(evictable blocks), and O(log leaves) a node.
+        The first n of them are what `evict(n, last_first=True)` would return now. O(evictable
+        blocks), and O(log leaves) a node.
         """
         blocks = self._tree.blocks
         order = [blocks.get(node)[::-1] for node in self._pins.forecast()]
@@ -505,6 +530,19 @@ class PrefixIndex(Inspected, Journaled):
         nodes.pins[leaf] = 1
         nodes.made_at[leaf] = self._pins.time
         return leaf
+
+    def _put_into(self, prefix: Prefix, first: int, last: int, blocks: Int32s) -> None:
+        """Puts positions first..last-1 of a prefix, whole blocks, into these."""
+        tree, nodes = self._tree, self._tree.nodes
+        node = self._node_of(prefix)
+        while last > first:
+            begin = nodes.start[node]
+            if last > begin:
+                low = max(first, begin)
+                above = (low - first) // self.block_size
+                tree.replace(node, (low - begin) // self.block_size, blocks[above:])
+                blocks, last = blocks[:above], low
+            node = nodes.parent[node]
 
     def _grows_in_place(self, prefix: Prefix) -> bool:
         """Whether the prefix ends with a leaf that it alone holds, and made itself.

@@ -156,11 +156,12 @@ class Pins:
             node = nodes.parent[node]
         return blocks
 
-    def evict(self, num_blocks: int, reason: str) -> Int32s:
+    def evict(self, num_blocks: int, reason: str, *, last_first: bool = False) -> Int32s:
         """Removes leaves in order until `num_blocks` blocks come free or none is left.
 
-        Of the last leaf only the tail goes, where that is enough. Returns the blocks to let go of;
-        those that removed nodes shared appear more than once. O(log leaves) a node.
+        Of the last leaf only the tail goes, where that is enough. Returns the blocks to let go of,
+        those of each leaf in their order or with `last_first` the other way round; those that
+        removed nodes shared appear more than once. O(log leaves) a node.
         """
         tree, nodes = self._tree, self._tree.nodes
         self.end_retention()
@@ -185,6 +186,8 @@ class Pins:
             gone = Eviction(start, size - kept, not kept, reason, self._policy.name, now)
             self.log.add(stays, token, gone)
         self._count_evictions(self._policy.name, reason, before)
+        if last_first:
+            held = [blocks[::-1] for blocks in held]
         return np.concatenate(held) if held else NOTHING
 
     def forecast(self) -> list[int]:

@@ -379,6 +379,20 @@ class RadixTree:
         if self.journal is not None:
             self.journal.grew(leaf)
 
+    def replace(self, node: int, first: int, blocks: Int32s) -> None:
+        """Puts the node's tokens on other blocks, from its block `first` on; no node shares any.
+
+        O(blocks); with a journal O(nodes), since what lies behind a block that goes goes with it.
+        """
+        if self.journal is not None:
+            behind = np.append(self.below(node), node)
+            for one in behind.tolist():
+                kept = first if one == node else 0
+                gone = self.blocks.get(one)[kept:].copy()
+                self.journal.cut(one, kept * self.block_size, gone)
+            self.journal.all_grew(behind)
+        self.blocks.get(node)[first : first + len(blocks)] = blocks
+
     def split(self, node: int, length: int) -> tuple[int, int]:
         """Puts the first `length` tokens into a new node above `node`.
 

@@ -100,6 +100,7 @@ def work_items(segments: Segments, window: int | None, sink_tokens: int) -> Work
 _PARTS = 5
 _SINKS = 1
 _SEEN_BY_ALL = 3
+BEHIND = 4
 
 
 def _pieces(segments: Segments, of: Int64Array, window: int | None, sink_tokens: int) -> WorkItems:

@@ -19,6 +19,7 @@ from attention.torch_backend.invariant import add_up, invariant_groups
 from attention.torch_backend.items import work_items
 from attention.torch_backend.joined import join_short
 from attention.torch_backend.tail import Tail
+from attention.torch_backend.turning import turned
 
 
 class TorchWork:
@@ -38,6 +39,7 @@ class TorchWork:
         """
         self.problem = problem
         self._reserve = reserve
+        self._turns = True  # until slopes come: distances are counted in the order of the tokens
         self.update(segments)
 
     def update(self, segments: Segments, *_: object) -> None:
@@ -69,6 +71,8 @@ class TorchWork:
         if problem.batch_invariant:
             self.groups = invariant_groups(problem, segments, query)
             return
+        if self._turns:
+            segments, self.items = turned(problem, segments, self.items)
         views, gathers = make_batches(problem, segments, self.items, _kinds(segments))
         self.groups = make_groups(problem, segments, query, views, gathers)
         self._made = [some.batches for some in (views, gathers) if some is not None]
@@ -95,6 +99,9 @@ class TorchWork:
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial:
         """Attention of all queries in the packed order: o in q's dtype, and lse."""
+        if self._turns and options.alibi_slopes is not None:
+            self._turns = False
+            self._plan(self.segments._replace(position=self._tail.position))
         index = self._query_index
         if index is not None:
             q = q.index_select(0, index)

@@ -194,15 +194,39 @@ class IndexMachine(RuleBasedStateMachine):
         one.tokens = whole
         one.births = [self.birth[path] for path in self.paths(one.namespace, whole)]
 
-    @rule(count=st.integers(0, 12))
-    def evict(self, count: int) -> None:
+    @rule(one=prefixes, start=st.integers(0, 4), chosen=st.lists(st.booleans(), max_size=5))
+    def replace(self, one: Held, start: int, chosen: list[bool]) -> None:
+        """Some of the blocks from one on, others stay."""
+        every = self.paths(one.namespace, one.tokens)
+        paths = every[start : start + len(chosen)]
+        chosen = chosen[: len(paths)]
+        if [self.birth.get(path) for path in every] != one.births or sum(chosen) > len(self.free):
+            return
+        old = [self.blocks[path] for path in paths]
+        fresh = iter(self.pick(sum(chosen), start))
+        new = [next(fresh) if other else block for other, block in zip(chosen, old, strict=True)]
+        try:
+            got = self.index.replace(one.prefix, new, min(start, len(every)) * self.size)
+        except pt.PrefixGone:
+            assert self.drops > one.moment
+            return
+        assert got.tolist() == [block for block in old if block not in new]
+        for path, block in zip(paths, new, strict=True):
+            self.blocks[path] = block
+        self.free = [block for block in self.free if block not in new] + got.tolist()
+
+    @rule(count=st.integers(0, 12), last_first=st.booleans())
+    def evict(self, count: int, last_first: bool) -> None:
         room = len(self.blocks) - len(self.kept())
         assert self.index.evictable_blocks == room
         order = self.index.eviction_order().tolist()
         assert len(order) == room
-        blocks = self.index.evict(count)
+        blocks = self.index.evict(count, last_first=last_first)
         assert len(blocks) == min(count, room)
-        assert set(blocks.tolist()) == set(order[:count])
+        if last_first:
+            assert blocks.tolist() == order[:count]
+        else:
+            assert set(blocks.tolist()) == set(order[:count])
         self.drop(blocks)
 
     @rule(

@@ -82,8 +82,7 @@ class FreeBlocks(FreeKVCacheBlockQueue):
         return iter(blocks[blocks.index(cursor) + 1 if cursor in blocks else 0 :])
 
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
-        """In the order in which they go. Those of a run that goes at once are handed out in the
-        order of the tokens they held, as attention on the CPU reads neighbours twice as fast."""
+        """In the order in which they go."""
         cached = self._pool.index.eviction_order().tolist()
         return super().get_all_free_blocks() + [self._pool.blocks[block] for block in cached]
 
@@ -93,8 +92,11 @@ class TreeBlockPool(BlockPool):
 
     vLLM's reference counts say which blocks requests use, as ever. A block that is used keeps the
     path to it: the path to the last block of each request is held until nobody uses that block.
-    A block that another request computed at the same time is not cached twice; the request that
-    came second keeps its own copy to itself, and what it computes behind it goes below the first.
+    Nothing is cached twice. Of two copies of the same tokens the one that is used is cached: where
+    a request computes again what is here (it asked for the logprobs of its prompt, say), its blocks
+    take the place of those that nobody uses. Where both are used, at the same time that is, the
+    first stays; who came second keeps its own to itself, and what it computes behind them goes
+    below the first.
     """
 
     def __init__(self, num_gpu_blocks: int, *, eviction: Any = "lru", **options: Any) -> None:
@@ -138,10 +140,12 @@ class TreeBlockPool(BlockPool):
             prefix, known_words = self.index.insert(words, ids)
             known = known_words // WORDS
             self.index.hold(prefix)
-        if known == num_full_blocks:  # others computed all of it: the end is no block of this one's
+        if known > start:
+            self._take_over(prefix, hashes, blocks, start, known)
+        if known == num_full_blocks:  # the path may end with a block that is not this request's
+            path = self.index.blocks(prefix)
             self.index.release(prefix)
-            if start and before:
-                self._hold(before)
+            self._hold_used(path)
             return
         self._holds.setdefault(ids[-1], []).append(prefix)
         self._hashes.update((block.block_id, hashes) for block in blocks[known:num_full_blocks])
@@ -182,7 +186,7 @@ class TreeBlockPool(BlockPool):
 
     def evict(self, num_blocks: int) -> list[KVCacheBlock]:
         """Takes blocks out of the tree that nobody uses; `get_new_blocks` tells of it."""
-        evicted = self.index.evict(num_blocks).tolist() if num_blocks else []
+        evicted = self.index.evict(num_blocks, last_first=True).tolist() if num_blocks else []
         for block in evicted:
             del self._hashes[block]
         return [self.blocks[block] for block in evicted]
@@ -211,6 +215,27 @@ class TreeBlockPool(BlockPool):
                 if block.block_id not in self._holds:
                     self._hold(block)
                 return
+
+    def _take_over(
+        self,
+        prefix: Prefix,
+        hashes: Sequence[bytes],
+        blocks: list[KVCacheBlock],
+        start: int,
+        known: int,
+    ) -> None:
+        """Puts a request's blocks start..known-1 where cached ones with the same KV are unused."""
+        cached = self.index.blocks(prefix, start * WORDS, known * WORDS).tolist()
+        pairs = zip(map(self.blocks.__getitem__, cached), blocks[start:known], strict=True)
+        kept = [block if block.ref_cnt else own for block, own in pairs]
+        ids = [block.block_id for block in kept]
+        freed = [self.blocks[i] for i in self.index.replace(prefix, ids, start * WORDS).tolist()]
+        taken = [block for block in kept if block.block_hash is None]
+        for old, new in zip(freed, taken, strict=True):
+            self.move_block_hashes(old, new)  # to the world outside nothing has changed
+            del self._hashes[old.block_id]
+            self._hashes[new.block_id] = hashes
+        self.free_block_queue.prepend_n(freed)
 
     def _take_hold(self, block: KVCacheBlock | None) -> Prefix | None:
         """A hold on the path to a block, which moves to a later block."""

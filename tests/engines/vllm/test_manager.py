@@ -31,6 +31,7 @@ from prefixtree.engines.vllm.manager import plant
 pytestmark = pytest.mark.engines
 
 BLOCK = 4
+LOGPROBS = [None, None, None, 1]  # of the prompt: who wants them computes all of it
 ADAPTERS = [None, LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")]
 
 
@@ -82,7 +83,7 @@ class Driver:
         request = Request(
             request_id=str(self.made),
             prompt_token_ids=tokens,
-            sampling_params=SamplingParams(max_tokens=64),
+            sampling_params=SamplingParams(max_tokens=64, prompt_logprobs=rng.choice(LOGPROBS)),
             pooling_params=None,
             lora_request=adapter,
             cache_salt=salt,
@@ -266,7 +267,9 @@ def test_free_blocks_are_listed_in_the_order_in_which_they_go(policy: str) -> No
     free = [block.block_id for block in driver.pool.free_block_queue.get_all_free_blocks()]
     assert driver.pool.index.evictable_blocks > 10
     assert len(free) == driver.pool.get_num_free_blocks()
-    assert [driver.pool.get_new_blocks(1)[0].block_id for _ in free] == free
+    one_by_one = [driver.pool.get_new_blocks(1)[0].block_id for _ in range(len(free) // 2)]
+    at_once = [block.block_id for block in driver.pool.get_new_blocks(len(free) - len(one_by_one))]
+    assert one_by_one + at_once == free
 
 
 def test_a_path_goes_from_its_end() -> None:
@@ -282,6 +285,80 @@ def test_a_path_goes_from_its_end() -> None:
     assert [block.block_id for block in driver.pool.longest_prefix(request.block_hashes)] == table[
         :4
     ]
+
+
+def test_a_path_is_handed_out_as_it_goes_its_end_first() -> None:
+    manager = make_manager(num_blocks=8)
+    plant(manager)
+    driver = Driver(manager, seed=0)
+    table = run_alone(driver, list(range(6 * BLOCK)))
+    got = [block.block_id for block in driver.pool.get_new_blocks(6)]
+    assert got[1:] == table[:0:-1]  # behind the empty one
+
+
+def run_alone(driver: Driver, tokens: list[int]) -> list[int]:
+    """The blocks of a request that came and went."""
+    request = request_of(driver, tokens)
+    blocks, hit, _ = driver.manager.get_computed_blocks(request)
+    driver.manager.allocate_slots(request, len(tokens) - hit, hit, blocks)
+    (table,) = driver.manager.get_block_ids(request.request_id)
+    driver.manager.free(request)
+    return table
+
+
+def request_of(driver: Driver, tokens: list[int], **options: Any) -> Request:
+    params = SamplingParams(max_tokens=1, **options)
+    driver.made += 1
+    return Request(str(driver.made), tokens, params, None, block_hasher=driver.hasher)
+
+
+def test_what_is_computed_again_takes_the_place_of_what_nobody_uses() -> None:
+    manager = make_manager(num_blocks=12)
+    plant(manager)
+    driver = Driver(manager, seed=0)
+    pool, tokens = driver.pool, list(range(3 * BLOCK))
+    first = run_alone(driver, [*tokens, 50, 51, 52, 53])
+    manager.take_events()
+    again = request_of(driver, [*tokens, 60], prompt_logprobs=1)
+    assert manager.get_computed_blocks(again)[1] == 0
+    manager.allocate_slots(again, len(tokens) + 1)
+    (table,) = manager.get_block_ids(again.request_id)
+    assert not set(table) & set(first)
+    assert [block.block_id for block in pool.longest_prefix(again.block_hashes)] == table[:3]
+    # What lay behind the old copy lies behind the new one, and is all that may go.
+    assert (pool.index.cached_blocks, pool.index.evictable_blocks) == (4, 1)
+    assert pool.get_num_free_blocks() == 11 - len(table)
+    assert not manager.take_events()
+    pool.index.check()
+    manager.free(again)
+    assert run_alone(driver, [*tokens, 50, 51, 52, 53, 54])[:4] == [*table[:3], first[3]]
+
+
+def test_what_is_computed_again_stays_apart_while_the_first_is_used() -> None:
+    manager = make_manager(num_blocks=12)
+    plant(manager)
+    driver = Driver(manager, seed=0)
+    tokens = list(range(2 * BLOCK))
+    tables, requests = [], []
+    for _ in range(2):
+        requests.append(request_of(driver, [*tokens, 50], prompt_logprobs=1))
+        manager.allocate_slots(requests[-1], len(tokens) + 1)
+        tables.append(manager.get_block_ids(requests[-1].request_id)[0])
+    assert not set(tables[0]) & set(tables[1])
+    found = driver.pool.longest_prefix(requests[0].block_hashes)
+    assert [block.block_id for block in found] == tables[0][:2]
+    # The first one ends; with its next block the second one's copy becomes the cached one.
+    manager.free(requests[0])
+    requests[1].num_computed_tokens = len(tokens) + 1
+    requests[1].append_output_token_ids([51, 52, 53])
+    manager.allocate_slots(requests[1], 3)
+    (table,) = manager.get_block_ids(requests[1].request_id)
+    found = driver.pool.longest_prefix(requests[1].block_hashes)
+    assert [block.block_id for block in found] == table[:3]
+    assert table[:3] == tables[1][:3]
+    assert driver.pool.get_num_free_blocks() == 11 - 3
+    manager.free(requests[1])
+    driver.finish()
 
 
 def test_words_of_hashes() -> None:

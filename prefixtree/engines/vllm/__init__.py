@@ -9,6 +9,6 @@
 Importing this package imports no vLLM.
 """
 
-TESTED = ("0.32",)
-"""The releases, major and minor, that the adapter was tested with. It allows for what 0.33 changed,
-by its source; that one was not run."""
+TESTED = ("0.32", "0.33")
+"""The releases, major and minor, that the adapter was tested with. 0.33 has no build for CPUs: its
+Python ran with the kernels of 0.32's."""

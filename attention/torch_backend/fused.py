@@ -5,20 +5,20 @@ import torch.nn.functional as F
 
 from attention.algebra import Partial
 
-# Where heads lie between each other they share pages. An item of so many bytes at least is read in
-# chunks of so many tokens, all heads of one before the next, while they are in reach; but not for
-# more rows than that, unless in bfloat16, where the chunks' results cost more than they save.
+# Where several heads lie between each other they share pages. An item of so many bytes at least is
+# read in chunks of so many tokens, all heads of one before the next, while they are in reach. So
+# many heads a row at least, but in bfloat16: with more rows the memory is not what takes the time.
 CHUNK = 512
 CHUNKED_BYTES = 4 << 20
-CHUNKED_ROWS = 64
+CHUNKED_HEADS = 4
 
 
 def in_chunks(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether to read items chunk by chunk; several only where they are one run of whole chunks."""
-    tokens, by_token = k.shape[2], k.stride(2)
-    if tokens < 2 * CHUNK or by_token == k.shape[3]:
+    heads, tokens, by_token = k.shape[1], k.shape[2], k.stride(2)
+    if tokens < 2 * CHUNK or by_token == k.shape[3] or heads < CHUNKED_HEADS:
         return False
-    if q.shape[2] > CHUNKED_ROWS and k.dtype != torch.bfloat16:
+    if q.shape[2] * CHUNKED_HEADS > heads and k.dtype != torch.bfloat16:
         return False
     side_by_side = k.stride(0) == tokens * by_token and tokens % CHUNK == 0
     large = 2 * tokens * by_token * k.itemsize >= CHUNKED_BYTES

@@ -8,19 +8,14 @@ import torch
 
 from allocator.errors import InvalidArgument, KVMismatch, SlotOutOfRange, at_least
 
-# The tokens of one head, as attention on a CPU reads them, all fall into the same few sets of its
-# caches where they lie a multiple of a page apart. A cache line between the slots spreads them.
-_PAGE_BYTES = 4096
-_GAP_BYTES = 64
-
 
 class KVStorage:
     """K and V of `num_layers` layers in blocks of `block_size` token slots.
 
     Attributes: `k` and `v`, one tensor a layer; `layout`, "NHD" for [num_blocks, block_size,
     num_kv_heads, head_dim] or "HND" for [num_blocks, num_kv_heads, block_size, head_dim]; the
-    other arguments. V has value_head_dim in the place of head_dim. On a CPU the slots of an NHD
-    tensor lie 64 bytes further apart than they are wide, if they are a multiple of 4 KiB wide.
+    other arguments. V has value_head_dim in the place of head_dim. On a CPU the tensors are views
+    of memory in which all of one head lies before the next, whatever the layout.
 
     The tensors start as zeros: slots never written stand behind masks, where NaN would survive
     the product with a weight of 0.
@@ -109,13 +104,12 @@ class KVStorage:
     def _zeros(self, dim: int, device: torch.device | str) -> torch.Tensor:
         """K or V of a layer."""
         blocks, heads, block_size = self.num_blocks, self.num_kv_heads, self.block_size
-        if self.layout == "HND":
-            return torch.zeros((blocks, heads, block_size, dim), dtype=self.dtype, device=device)
-        width, gap = heads * dim, 0
-        if torch.device(device).type == "cpu" and width * self.dtype.itemsize % _PAGE_BYTES == 0:
-            gap = _GAP_BYTES // self.dtype.itemsize
-        slots = torch.zeros((blocks, block_size, width + gap), dtype=self.dtype, device=device)
-        return slots[..., :width].view(blocks, block_size, heads, dim)
+        if torch.device(device).type == "cpu":
+            # Attention reads head by head; what it reads lies side by side if the heads lie apart.
+            tensor = torch.zeros((heads, blocks, block_size, dim), dtype=self.dtype)
+            return tensor.permute(1, 2, 0, 3) if self.layout == "NHD" else tensor.transpose(0, 1)
+        inner = (block_size, heads) if self.layout == "NHD" else (heads, block_size)
+        return torch.zeros((blocks, *inner, dim), dtype=self.dtype, device=device)
 
     def _offset_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view [num_blocks, block_size, num_kv_heads, dim] in either layout."""

@@ -15,6 +15,7 @@ STRIDES = (
     "beside",
     "plain",
     "interleaved",
+    "heads apart",
     "padded heads",
     "padded slots",
     "padded blocks",
@@ -381,6 +382,12 @@ def _empty_cache(case: Case, head_dim: int) -> torch.Tensor:
             size = math.prod(inner) * head_dim
             wide = torch.empty(case.num_blocks, size + 8, dtype=dtype)
             return wide[:, :size].unflatten(1, (*inner, head_dim))
+        case "heads apart":
+            apart = (inner[1], case.num_blocks, inner[0])
+            order = (1, 2, 0, 3)
+            if case.layout == "HND":
+                apart, order = (inner[0], case.num_blocks, inner[1]), (1, 0, 2, 3)
+            return torch.empty(*apart, head_dim, dtype=dtype).permute(order)
         case "padded slots":
             # Or padded heads in HND.
             wide = torch.empty(case.num_blocks, inner[0], inner[1] * head_dim + 16, dtype=dtype)

@@ -345,23 +345,17 @@ def fill(storage: KVStorage) -> KVStorage:
     return storage
 
 
-# With a head_dim of 1,024 slots are a multiple of 4 KiB wide, and some of them lie apart.
-@pytest.mark.parametrize("head_dim", [3, 1024])
 @pytest.mark.parametrize("chunk_bytes", [1, 500, 1 << 24])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 )
 def test_k_and_v_of_the_blocks_in_use_come_back(
-    dtype: torch.dtype,
-    layout: str,
-    chunk_bytes: int,
-    head_dim: int,
-    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype, layout: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshot, "CHUNK_BYTES", chunk_bytes)
     cache = some_cache()
-    storage, copy = (storage_for(dtype=dtype, layout=layout, head_dim=head_dim) for _ in range(2))
+    storage, copy = (storage_for(dtype=dtype, layout=layout) for _ in range(2))
     fill(storage)
     with saved(cache, storage) as path:
         restored = pt.PrefixCache.restore(path, copy)

@@ -55,7 +55,7 @@ def test_compiles_within_the_registers_and_shared_memory(arch: str, tmp_path: Pa
             assert variant["segment"]["stack"] <= STACK.get((arch, name), 0), variant
         if variant["variant"] != "float32":
             assert variant["segment"]["matrix"] > 0, variant
-        if arch in ("sm_80", "sm_90", "sm_100"):
+        if arch in ("sm_80", "sm_90") or (arch == "sm_100" and IS_INSTALLED_VERSION):
             # The next keys and values are on their way while these are computed with.
             assert variant["segment"]["ahead"] > 0, variant
         if arch == "sm_90":

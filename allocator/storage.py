@@ -106,7 +106,8 @@ class KVStorage:
         blocks, heads, block_size = self.num_blocks, self.num_kv_heads, self.block_size
         if torch.device(device).type == "cpu":
             # Attention reads head by head; what it reads lies side by side if the heads lie apart.
-            tensor = torch.zeros((heads, blocks, block_size, dim), dtype=self.dtype)
+            shape = heads, blocks, block_size, dim
+            tensor = torch.zeros(shape, dtype=self.dtype, device=device)
             return tensor.permute(1, 2, 0, 3) if self.layout == "NHD" else tensor.transpose(0, 1)
         inner = (block_size, heads) if self.layout == "NHD" else (heads, block_size)
         return torch.zeros((blocks, *inner, dim), dtype=self.dtype, device=device)

@@ -5,22 +5,24 @@ import torch.nn.functional as F
 
 from attention.algebra import Partial
 
-# Where several heads lie between each other they share pages. An item of so many bytes at least is
-# read in chunks of so many tokens, all heads of one before the next, while they are in reach. So
-# many heads a row at least, but in bfloat16: with more rows the memory is not what takes the time.
-CHUNK = 512
+# Heads that lie between each other share pages. Of items of so many bytes at least, so many tokens
+# are then read for all heads before the next are, while their pages are in reach.
 CHUNKED_BYTES = 4 << 20
+CHUNK = 512
+# There must be so many heads for each row: with more rows arithmetic takes the time, not memory. In
+# bfloat16, which the kernel is slow to load, rows do not count.
 CHUNKED_HEADS = 4
 
 
-def in_chunks(q: torch.Tensor, k: torch.Tensor) -> bool:
+def in_chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether to read items chunk by chunk; several only where they are one run of whole chunks."""
     heads, tokens, by_token = k.shape[1], k.shape[2], k.stride(2)
     if tokens < 2 * CHUNK or by_token == k.shape[3] or heads < CHUNKED_HEADS:
         return False
     if q.shape[2] * CHUNKED_HEADS > heads and k.dtype != torch.bfloat16:
         return False
-    side_by_side = k.stride(0) == tokens * by_token and tokens % CHUNK == 0
+    run = all(x.stride(0) == tokens * x.stride(2) for x in (k, v))
+    side_by_side = run and tokens % CHUNK == 0
     large = 2 * tokens * by_token * k.itemsize >= CHUNKED_BYTES
     return large and (len(k) == 1 or side_by_side)
 

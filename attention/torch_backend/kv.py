@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from attention.torch_backend.groups import Gathered, Group, InPlace, Rows
-from attention.torch_backend.scratch import scratch
+from attention.torch_backend.scratch import GATHERED, scratch
 
 
 class Caches(NamedTuple):
@@ -53,15 +53,16 @@ def tokens_of(caches: Caches, group: Group) -> tuple[torch.Tensor, torch.Tensor]
             return keys, values
         where = Gathered(_slots(where, group.size, group.tokens, k), 1, None, {})
     if both is not None:
-        (rows,) = _gather([both], where, group.tokens, 0)
+        (rows,) = _gather([both], where, group.tokens, GATHERED)
         rows = _to_all(rows, group)
         keys = rows[..., : k.shape[3]]
         return keys, keys if latent else rows[..., v_begin : v_begin + v.shape[3]]
     if k.stride() == v.stride() and k.shape == v.shape:
-        keys, values = _gather([k, v], where, group.tokens, 0)
+        keys, values = _gather([k, v], where, group.tokens, GATHERED)
     else:
         (keys,), (values,) = (
-            _gather([cache], where, group.tokens, number) for number, cache in enumerate((k, v))
+            _gather([cache], where, group.tokens, number)
+            for number, cache in enumerate((k, v), GATHERED)
         )
     return _to_all(keys, group), _to_all(values, group)
 

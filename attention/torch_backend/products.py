@@ -1,8 +1,8 @@
 """Attention of many rows on a CPU as products of matrices, which oneDNN multiplies.
 
-Torch's fused kernel multiplies float32 with the library behind `torch.matmul`, MKL, which on AMD's
-CPUs leaves half of AVX-512 idle, and bfloat16 without AMX with the same. oneDNN does not, but asks
-for matrices whose rows lie side by side, and for a call for each.
+Torch's fused kernel multiplies with the library behind `torch.matmul` of float32, MKL, bfloat16 too
+where there is no AMX. On AMD's CPUs that leaves half of AVX-512 idle. oneDNN does not, but asks for
+matrices whose rows lie side by side, and for a call for each.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from attention.algebra import Partial, merge_
 from attention.torch_backend.batches import KV_TILE
 from attention.torch_backend.bias import Bias
-from attention.torch_backend.scratch import scratch
+from attention.torch_backend.scratch import KEYS, QUERIES, VALUES, WEIGHTS, scratch
 
 # What the copies of keys and values cost is made up for by so many rows times their width, and what
 # the calls cost by so many multiplications of each thread for one of the products.
@@ -55,11 +55,11 @@ def by_products(
     step = max(LOGITS // min(tokens, KV_TILE), 1)
     for item in range(size):
         for head in range(heads):
-            queries = _copied(q[item, head], 4).mul_(scale)
+            queries = _copied(q[item, head], QUERIES).mul_(scale)
             for begin in range(0, tokens, KV_TILE):
                 of = slice(begin, begin + KV_TILE)
-                keys = _side_by_side(k[item, head, of], 2)
-                values = keys if same else _side_by_side(v[item, head, of, :width], 3)
+                keys = _side_by_side(k[item, head, of], KEYS)
+                values = keys if same else _side_by_side(v[item, head, of, :width], VALUES)
                 for first in range(0, rows, step):
                     some = slice(first, first + step)
                     logits = product(queries[some], keys)
@@ -80,7 +80,7 @@ def _weighted(logits: torch.Tensor, added: torch.Tensor | None, values: torch.Te
     if added is not None:
         logits += added
     # In memory that is kept, as the logits cannot be: for both the system would fetch new pages.
-    weights = scratch(5, len(logits), logits.shape[1], logits.dtype, logits.device)
+    weights = scratch(WEIGHTS, len(logits), logits.shape[1], logits.dtype, logits.device)
     torch.softmax(logits, 1, out=weights)
     top = logits.amax(1)
     # The largest weight is 1 over the sum of the others as parts of it.

@@ -1,4 +1,4 @@
-"""Memory that calls gather into, kept from one to the next.
+"""Memory for what calls gather, copy and weigh, kept from one to the next.
 
 What is allocated anew for each call costs more than the copy: the system hands out such memory page
 by page, and takes it back in between.
@@ -8,6 +8,9 @@ import threading
 
 import torch
 
+# Who has which buffer: K and V as gathered; what products copy of keys, values and queries, and
+# their weights.
+GATHERED, KEYS, VALUES, QUERIES, WEIGHTS = 0, 2, 3, 4, 5
 # A buffer that is asked to be larger is not kept.
 MOST_KEPT = 16 << 20
 

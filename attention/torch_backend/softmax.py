@@ -1,4 +1,4 @@
-"""Attention of rows over keys and values that lie side by side: fused where torch has it so."""
+"""Attention of rows over keys and values: as products or fused where that is faster."""
 
 import torch
 
@@ -24,14 +24,14 @@ def softmax(
     """Partials of rows [size, Hkv, rows, d] over k and v [size, Hkv, tokens, d].
 
     The values are the first `width` columns of v, which may be k itself. A row that sees no token
-    gives anything. o is float32 (float64 for such rows) or the dtype of q.
+    gives anything. o is float32 (float64 if q is) or of the dtype of q.
     """
     if worthwhile(q, k.shape[2]):
         return by_products(q, k, v, width, bias, scale, softcap)
     compute = _compute_dtype(q)
     direct = softcap is None and bias.slope is None and k.dtype == compute
     if direct and q.device.type == "cpu":
-        if bias.mask is None and in_chunks(q, k):
+        if bias.mask is None and in_chunks(q, k, v):
             return chunked(q, k, v, width, scale)
         return fused(q, k, v, width, bias.mask, scale)
     rows, tokens = q.shape[2], k.shape[2]

@@ -42,7 +42,8 @@ def _falling(problem: Problem, segments: Segments, items: WorkItems) -> Int64Arr
     """The segments to be turned: all rows see them whole, and their whole blocks are one run."""
     blocks, size = segments.blocks, segments.block_size
     falls = blocks[1:] - blocks[:-1] == -1
-    # In sets, segments have blocks in common. Heads first, no run of blocks is one of tokens.
+    # In sets, segments have blocks in common. With heads first in a block, a run of blocks need not
+    # be one of tokens.
     possible = segments.on_paths and (problem.layout == "NHD" or size == 1)
     if not possible or not np.count_nonzero(falls):
         return np.empty(0, np.int64)

@@ -12,11 +12,11 @@ from attention.forest import Int64Array
 from attention.options import RunOptions
 from attention.problem import Problem
 from attention.segments import Segments
-from attention.torch_backend.batches import make_batches
+from attention.torch_backend.batches import Batches, make_batches
 from attention.torch_backend.execute import execute, layer_of
-from attention.torch_backend.groups import make_groups
+from attention.torch_backend.groups import Group, make_groups
 from attention.torch_backend.invariant import add_up, invariant_groups
-from attention.torch_backend.items import work_items
+from attention.torch_backend.items import WorkItems, work_items
 from attention.torch_backend.joined import join_short
 from attention.torch_backend.tail import Tail
 from attention.torch_backend.turning import turned
@@ -39,7 +39,6 @@ class TorchWork:
         """
         self.problem = problem
         self._reserve = reserve
-        self._turns = True  # until slopes come: distances are counted in the order of the tokens
         self.update(segments)
 
     def update(self, segments: Segments, *_: object) -> None:
@@ -55,7 +54,7 @@ class TorchWork:
 
     def _plan(self, segments: Segments) -> None:
         problem = self.problem
-        self.items = work_items(segments, problem.window, problem.sink_tokens)
+        self.items = items = work_items(segments, problem.window, problem.sink_tokens)
         num_rows = len(segments.query)
         # Where each query has one row, q is brought into the order of the rows once.
         self._query_index: torch.Tensor | None = None
@@ -71,11 +70,11 @@ class TorchWork:
         if problem.batch_invariant:
             self.groups = invariant_groups(problem, segments, query)
             return
-        if self._turns:
-            segments, self.items = turned(problem, segments, self.items)
-        views, gathers = make_batches(problem, segments, self.items, _kinds(segments))
-        self.groups = make_groups(problem, segments, query, views, gathers)
-        self._made = [some.batches for some in (views, gathers) if some is not None]
+        as_read, self.items = turned(problem, segments, items)
+        self.groups, self._made = _grouped(problem, as_read, self.items, query)
+        # Distances are counted in the order of the tokens: for slopes, which no plan knows of.
+        self._in_order = self.groups if as_read is segments else None
+        self._unturned = segments, items, query
 
     def advance(self, slots: npt.NDArray[Any] | torch.Tensor) -> None:
         """Let every sequence grow by one token, and its query move on to it.
@@ -99,9 +98,6 @@ class TorchWork:
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: RunOptions
     ) -> Partial:
         """Attention of all queries in the packed order: o in q's dtype, and lse."""
-        if self._turns and options.alibi_slopes is not None:
-            self._turns = False
-            self._plan(self.segments._replace(position=self._tail.position))
         index = self._query_index
         if index is not None:
             q = q.index_select(0, index)
@@ -109,7 +105,8 @@ class TorchWork:
         if self.problem.batch_invariant:
             total = add_up(self.problem, self.groups, layer)
         else:
-            total = execute(self.problem, [*self.groups, *self._tail.groups], layer)
+            groups = self.groups if options.alibi_slopes is None else self._groups_in_order()
+            total = execute(self.problem, [*groups, *self._tail.groups], layer)
         o = total.o
         if options.v_scale is not None:
             o = o * options.v_scale.view(-1, 1, 1)
@@ -120,6 +117,12 @@ class TorchWork:
             torch.empty_like(o).index_copy_(0, index, o),
             torch.empty_like(lse).index_copy_(0, index, lse),
         )
+
+    def _groups_in_order(self) -> list[Group]:
+        """The calls where nothing is turned; planned by the first run that needs them."""
+        if self._in_order is None:
+            self._in_order, _ = _grouped(self.problem, *self._unturned)
+        return self._in_order
 
     def summary(self) -> WorkSummary:
         """The batched calls; padding is no token, and nothing waits for a later merge."""
@@ -132,6 +135,15 @@ class TorchWork:
             kv_tokens_loaded=loaded,
             partials=0,
         )
+
+
+def _grouped(
+    problem: Problem, segments: Segments, items: WorkItems, query: Int64Array
+) -> tuple[list[Group], list[Batches]]:
+    """The batched calls of items, and the batches that they were made from."""
+    views, gathers = make_batches(problem, segments, items, _kinds(segments))
+    groups = make_groups(problem, segments, query, views, gathers)
+    return groups, [some.batches for some in (views, gathers) if some is not None]
 
 
 def _kinds(segments: Segments) -> Int64Array | None:

@@ -90,7 +90,8 @@ class SdpaPerSequence:
     def __init__(self, inputs: Inputs) -> None:
         _require_copy(inputs, inputs.shape.path_bytes(inputs.dtype.itemsize))
         self.queries = _grouped(inputs)
-        self.rows = inputs.slot_rows()
+        # As it gathers fastest: all heads of a token side by side.
+        self.rows = tuple(rows.contiguous() for rows in inputs.slot_rows())
         self.paths = [inputs.indices(slots) for slots in path_slots(inputs.forest)]
 
     def plan(self) -> None:

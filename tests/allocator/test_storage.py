@@ -110,6 +110,8 @@ def test_the_tokens_of_a_head_lie_side_by_side_on_a_cpu_only(layout: str) -> Non
         for head in tensor.unbind(heads):
             assert head.is_contiguous()
     assert KVStorage(1, 6, 4, 2, 8, **sizes, device="meta").k[0].is_contiguous()
+    with torch.device("meta"):
+        assert KVStorage(1, 6, 4, 2, 8, **sizes).device.type == "cpu"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -219,6 +219,16 @@ def test_long_nodes_whose_heads_lie_between_each_other_are_read_in_chunks(
     assert_as_good_as_flat(case, given_)
 
 
+def test_chunks_of_values_whose_blocks_lie_further_apart_than_those_of_the_keys() -> None:
+    forest, num_blocks = build_forest(1024, [Node(-1, 1024)] * 4, [(leaf, 1) for leaf in range(4)])
+    case = Case(forest, num_blocks, 8, 8, head_dim=64)
+    given_ = tensors(case)
+    wide = torch.empty(num_blocks, 1024 * 8 * 64 + 64)
+    apart = wide[:, :-64].unflatten(1, (1024, 8, 64)).copy_(given_.v_cache)
+    out, _ = run(case, given_._replace(v_cache=apart))
+    torch.testing.assert_close(out, run(case, given_)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_read_in_place_beside_what_is_gathered() -> None:
     lengths = (600, 600, 600, 20)
     nodes = [Node(-1, length, offset=3) for length in lengths]

@@ -1,5 +1,6 @@
 """Runs of blocks that fall: read in place from their other end, where order is all the same."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -82,3 +83,22 @@ def test_slopes_bring_the_order_back_also_in_a_plan_that_grew() -> None:
         torch.testing.assert_close(one.lse, other.lse, rtol=1e-5, atol=1e-5)
     case = replace(case, alibi_slopes=(0.5, 0.25, 0.125, 0.0625))
     assert_as_good_as_flat(case, given)
+
+
+def test_runs_with_and_without_slopes_at_the_same_time() -> None:
+    case = fallen(decoding(519))
+    given = tensors(case)
+    plain = RunOptions(0.125, None, None, None, None)
+    sloped = plain._replace(alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]))
+    problem, segments = plan_of(case).problem, segments_of(case.forest)
+    expected = {
+        options is plain: TorchWork(problem, segments).run(*given, options).o
+        for options in (plain, sloped)
+    }
+    for _ in range(20):
+        work = TorchWork(problem, segments)
+        with ThreadPoolExecutor(3) as pool:
+            options = [sloped, plain, sloped]
+            runs = [pool.submit(work.run, *given, one) for one in options]
+        for one, run in zip(options, runs, strict=True):
+            assert torch.equal(run.result().o, expected[one is plain])

@@ -126,10 +126,14 @@ class PrefixTreeCache(BasePrefixCache):  # type: ignore[misc]
         self._touched(key)
 
     def insert(self, params: Any) -> InsertResult:
-        """Make the KV of a key findable, whose slots are `params.value`, int64 [len(key)]."""
+        """Make the KV of a key findable, whose slots are `params.value`, int64 [len(key)].
+
+        Without a value the tokens stand for the slots, as in SGLang's own caches, in simulations.
+        """
         key = params.key
         tokens = _tokens(key.token_ids, 0, len(key) - len(key) % self.page_size)
-        blocks = self._blocks(params.value[: len(tokens)])
+        slots = torch.from_numpy(tokens) if params.value is None else params.value
+        blocks = self._blocks(slots[: len(tokens)])
         inserted = self.index.insert(tokens, blocks, namespace=_namespace(key))
         self._announce(key, tokens, inserted.prefix, inserted.known)
         self._prefer(inserted.prefix, params.priority)

@@ -235,6 +235,14 @@ def test_a_request_that_was_not_matched_is_inserted_from_the_root() -> None:
     assert cache.evictable_size() == 20
 
 
+@pytest.mark.parametrize("cls", [RadixCache, PrefixTreeCache])
+def test_without_slots_the_tokens_stand_for_them(cls: Any) -> None:
+    cache = cache_of(cls)
+    assert cache.insert(InsertParams(key=key([7, 8, 9]), value=None)).prefix_len == 0
+    found = match(cache, [7, 8, 5])
+    assert cache.path_device_indices(found.last_device_node).tolist() == [7, 8]
+
+
 def test_low_priorities_go_first_and_outputs_before_prompts() -> None:
     cache = cache_of(PrefixTreeCache, eviction_policy="priority")
     requests = [

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attention.forest import Int64Array
+from attention.forest import Int32Array, Int64Array
 from attention.ranges import expand
 from attention.segments import Segments
 from attention.torch_backend.items import BoolArray, WorkItems
@@ -36,14 +36,22 @@ def places_of(segments: Segments, items: WorkItems) -> Places:
     last += base
     first = token // block_size
     first += base
-    # Breaks up to each block: none between two blocks that have as many.
-    breaks = np.zeros(len(blocks), np.int32)
-    np.add.accumulate(blocks[1:] - blocks[:-1] != 1, dtype=np.int32, out=breaks[1:])
+    breaks = breaks_before(blocks[1:] - blocks[:-1] != 1)
     return Places(
         block=blocks.take(first).astype(np.int64),
         offset=token % block_size,
         contiguous=breaks.take(first) == breaks.take(last),
     )
+
+
+def breaks_before(is_break: BoolArray) -> Int32Array:
+    """How many there are up to each block: as many for two, and none lies between them.
+
+    is_break: bool [B - 1], between each block and the next.
+    """
+    breaks = np.zeros(len(is_break) + 1, np.int32)
+    np.add.accumulate(is_break, dtype=np.int32, out=breaks[1:])
+    return breaks
 
 
 def blocks_of(segments: Segments, items: WorkItems, padded: Int64Array) -> Int64Array:

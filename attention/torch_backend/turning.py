@@ -9,9 +9,11 @@ import numpy as np
 
 from attention.forest import Int64Array
 from attention.problem import Problem
+from attention.ranges import expand
 from attention.segments import Segments
 from attention.torch_backend.batches import WORTH_A_CALL
 from attention.torch_backend.items import BEHIND, WorkItems
+from attention.torch_backend.places import breaks_before
 
 
 def turned(problem: Problem, segments: Segments, items: WorkItems) -> tuple[Segments, WorkItems]:
@@ -24,9 +26,10 @@ def turned(problem: Problem, segments: Segments, items: WorkItems) -> tuple[Segm
     if not len(chosen):
         return segments, items
     whole, ends = np.divmod(segments.length[chosen], segments.block_size)
+    of, ordinal = expand(whole)
+    first = segments.first_block[chosen].take(of)
     blocks = segments.blocks.copy()
-    for first, count in zip(segments.first_block[chosen], whole, strict=True):
-        blocks[first : first + count] = blocks[first : first + count][::-1].copy()
+    blocks[first + ordinal] = segments.blocks.take(first + whole.take(of) - 1 - ordinal)
     behind = np.zeros(len(segments.length), np.int64)
     behind[chosen] = ends
     behind = behind.take(items.segment)
@@ -53,9 +56,7 @@ def _falling(problem: Problem, segments: Segments, items: WorkItems) -> Int64Arr
     in_part = items.masked | (items.kv_len < segments.length.take(items.segment))
     worthwhile[items.segment[in_part]] = False
     (chosen,) = worthwhile.nonzero()
-    # Breaks up to each block: none between two blocks that have as many.
-    breaks = np.zeros(len(blocks), np.int32)
-    np.add.accumulate(~falls, dtype=np.int32, out=breaks[1:])
+    breaks = breaks_before(~falls)
     first = segments.first_block[chosen]
     falling: Int64Array = chosen[breaks[first] == breaks[first + whole[chosen] - 1]]
     return falling

@@ -119,13 +119,13 @@ def measure_ceilings(
     source = torch.ones(copied // 4, device=device)
     target = torch.empty_like(source)
     copy_ms = _median_ms(clock, lambda: target.copy_(source))
-    multiply_ms = _multiply_ms(clock, device, dtype, side)
-    if not on_cuda:
-        multiply_ms = min(multiply_ms, _multiply_ms(clock, device, torch.float32, side))
-        if HAS_OPERATOR:
-            a, b = torch.randn(2, side, side)
-            multiply_ms = min(multiply_ms, _median_ms(clock, lambda: product(a, b)))
-    return Ceilings(2e3 * source.nbytes / copy_ms, 2e3 * side**3 / multiply_ms)
+    multiply_ms = [_multiply_ms(clock, device, dtype, side)]
+    if not on_cuda and dtype != torch.float32:
+        multiply_ms.append(_multiply_ms(clock, device, torch.float32, side))
+    if not on_cuda and HAS_OPERATOR:
+        a, b = torch.randn(2, side, side)
+        multiply_ms.append(_median_ms(clock, lambda: product(a, b)))
+    return Ceilings(2e3 * source.nbytes / copy_ms, 2e3 * side**3 / min(multiply_ms))
 
 
 def _multiply_ms(clock: TensorClock, device: torch.device, dtype: torch.dtype, side: int) -> float:

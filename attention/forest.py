@@ -181,8 +181,9 @@ def _are_nodes(nodes: NodeArrays, num_blocks: int | None) -> bool:
     offset, block_size = nodes.offset, nodes.block_size
     if nodes.length.min() < 1 or offset.min() < 0 or offset.max() >= block_size:
         return False
-    capacity = (nodes.block_ptr[1:] - nodes.block_ptr[:-1]).astype(np.int64) * block_size
-    left = capacity - offset - nodes.length
+    left = (nodes.block_ptr[1:] - nodes.block_ptr[:-1]) * np.int64(block_size)
+    left -= offset
+    left -= nodes.length
     if left.min() < 0 or left.max() >= block_size or nodes.blocks.min() < 0:
         return False
     return num_blocks is None or bool(nodes.blocks.max() < num_blocks)

@@ -20,10 +20,10 @@ MAX_QUERIES = 1024
 RESULT_BYTES = 4 << 20
 # From this size on, KV is read in place: a call costs less than the copy.
 WORTH_A_CALL = 256 << 10
-# The fused CPU kernel takes up to twice as long on a number of tokens not a multiple of this, if
-# that is below its own block of KV, and that tells where there are many queries.
+# The fused CPU kernel takes up to twice as long for many queries on few tokens where more than half
+# a step of them is left over, than on the tokens gathered and padded to whole steps.
 KV_STEP = 16
-KV_BLOCK = 512
+FEW_TOKENS = 48
 FEW_QUERIES = 16
 # A call costs about as much as to gather and attend to this much padding.
 CALL_BYTES = 512 << 10
@@ -98,12 +98,17 @@ def make_batches(
 
 
 def _cut_queries(items: WorkItems, most: int) -> WorkItems:
-    if not np.count_nonzero(items.num_rows > most):
+    num_rows = items.num_rows
+    (long,) = (num_rows > most).nonzero()
+    if not len(long):
         return items
-    pieces = cut(items.num_rows, most)
-    items = items.take(pieces.source)
-    row_begin = items.row_begin + pieces.begin
-    return items._replace(row_begin=row_begin, row_end=row_begin + pieces.size)
+    pieces = cut(num_rows.take(long), most)
+    (short,) = (num_rows <= most).nonzero()
+    items = items.take(np.concatenate((short, long.take(pieces.source))))
+    row_begin = items.row_begin[len(short) :]
+    row_begin += pieces.begin
+    np.add(row_begin, pieces.size, out=items.row_end[len(short) :])
+    return items
 
 
 def _cut_tokens(items: WorkItems, block_size: int) -> WorkItems:
@@ -130,8 +135,8 @@ def _views(
     if problem.layout == "HND" and segments.block_size > 1:
         # The tokens of a head lie at one stride inside a block only.
         viewable &= places.offset + tokens <= segments.block_size
-    aligned = tokens & (KV_STEP - 1) == 0
-    viewable &= aligned | (tokens >= KV_BLOCK) | (num_rows <= FEW_QUERIES)
+    over = tokens & (KV_STEP - 1)
+    viewable &= (over <= KV_STEP // 2) | (tokens >= FEW_TOKENS) | (num_rows <= FEW_QUERIES)
     (chosen,) = viewable.nonzero()
     if not len(chosen):
         return None, np.arange(len(viewable))
@@ -139,15 +144,14 @@ def _views(
     # Equal shapes side by side, in the order of their blocks.
     rounds = items.round * 2
     rounds += items.masked
-    shape = [rounds, num_rows, tokens, places.offset]
+    shape = [rounds * (MAX_QUERIES + 1) + num_rows, tokens * segments.block_size + places.offset]
     if kind is not None:
         shape.append(kind.take(items.segment))
-    block = places.block
+    key = _mixed(shape) + places.block
     if len(chosen) < len(viewable):
-        shape, block = [column.take(chosen) for column in shape], block.take(chosen)
-    order = (_mixed(shape) + block).argsort()
-    chosen, block = chosen.take(order), block.take(order)
-    shape = [column.take(order) for column in shape]
+        key = key.take(chosen)
+    chosen = chosen.take(key.argsort())
+    shape, block = [column.take(chosen) for column in shape], places.block.take(chosen)
     (first,) = _begins(shape, block).nonzero()
     size = _sizes(first, len(chosen))
     lead = chosen.take(first)
@@ -159,7 +163,8 @@ def _views(
     step[size == 1] = 0
 
     left = None
-    worthwhile = bytes_ >= WORTH_A_CALL
+    # An item that fills a call has one of its own in any case.
+    worthwhile = (bytes_ >= WORTH_A_CALL) | (calls == 1)
     if np.count_nonzero(worthwhile) < len(worthwhile) or len(chosen) < len(viewable):
         in_place = worthwhile.repeat(size)
         chosen, block = chosen[in_place], block[in_place]

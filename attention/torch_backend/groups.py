@@ -12,7 +12,7 @@ import torch
 
 from attention.forest import Int64Array
 from attention.problem import Problem
-from attention.segments import FloatArray, Segments
+from attention.segments import Segments
 from attention.torch_backend.batches import Batches, Gathers, Views
 from attention.torch_backend.items import BoolArray, WorkItems
 from attention.torch_backend.places import blocks_of, slots_of
@@ -78,7 +78,8 @@ class Group(NamedTuple):
         query_index: int64 [size * queries], the queries otherwise.
         rows, targets: int64, the group's rows that are kept and their queries; None where all are
             kept.
-        first_position: int64 [size], position of each item's first token.
+        positions, first: position of each item's first token, int64; those of the group begin at
+            `first`.
         temperature: what logits are divided by.
         log_weight: [size], added to the logits of each item; None for 0.
     """
@@ -92,7 +93,8 @@ class Group(NamedTuple):
     query_index: torch.Tensor | None
     rows: torch.Tensor | None
     targets: torch.Tensor | None
-    first_position: torch.Tensor
+    positions: torch.Tensor
+    first: int
     temperature: float
     log_weight: torch.Tensor | None
 
@@ -171,7 +173,14 @@ def _groups(
     first_row = query.take(items.row_begin)
     consecutive = _consecutive(batches, first_row, query.take(items.row_end - 1) + 1)
     first_position = segments.start.take(items.segment) + items.kv_begin
-    positions = torch.from_numpy(first_position).to(problem.device).split(batches.size.tolist())
+    positions = torch.from_numpy(first_position).to(problem.device)
+    temperature, log_weight = [1.0] * len(batches.begin), None
+    if segments.temperature is not None:
+        lead = items.segment.take(batches.begin)
+        temperature = segments.temperature.take(lead).tolist()
+    if segments.log_weight is not None:
+        each = torch.from_numpy(segments.log_weight.take(items.segment))
+        log_weight = each.to(problem.device, problem.precision)
     first_query = first_row.take(batches.begin).tolist()
     masked = items.masked.take(batches.begin).tolist()
     ragged = (np.minimum.reduceat(items.kv_len, batches.begin) < batches.tokens).tolist()
@@ -191,9 +200,10 @@ def _groups(
             query_index=None,
             rows=None,
             targets=None,
-            first_position=positions[index],
-            temperature=_shared(segments.temperature, items, begin, 1.0),
-            log_weight=_each(problem, segments.log_weight, items, of_items),
+            positions=positions,
+            first=begin,
+            temperature=temperature[index],
+            log_weight=None if log_weight is None else log_weight[of_items],
         )
         if ragged[index] and not masked[index]:
             seen = np.arange(tokens) < items.kv_len[of_items, None]
@@ -252,18 +262,6 @@ def _seen(
         in_window = token > (behind - problem.window)[:, :, None]
         seen &= in_window | (token < problem.sink_tokens - first[:, None])[:, None]
     return seen
-
-
-def _shared(values: FloatArray | None, items: WorkItems, item: int, default: float) -> float:
-    return default if values is None else float(values[items.segment[item]])
-
-
-def _each(
-    problem: Problem, values: FloatArray | None, items: WorkItems, of: slice
-) -> torch.Tensor | None:
-    if values is None:
-        return None
-    return torch.from_numpy(values[items.segment[of]]).to(problem.device, problem.precision)
 
 
 def additive(problem: Problem, seen: BoolArray) -> torch.Tensor:

@@ -191,7 +191,8 @@ def _group(
         query_index=tensor(query[row]),
         rows=None,
         targets=None,
-        first_position=tensor(first),
+        positions=tensor(first),
+        first=0,
         temperature=1.0
         if segments.temperature is None
         else float(segments.temperature[segment[0]]),

@@ -29,9 +29,10 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
     cost = (num_children - 1) * problem.token_bytes
     gain = rows * (problem.num_q_heads * problem.value_head_dim * BYTES_A_NUMBER)
     # What is read in place by itself is left alone.
-    short = length * problem.token_bytes < WORTH_A_CALL
-    joins = short & (num_children > 0)
-    joins &= cost * length <= gain
+    short = length < -(-WORTH_A_CALL // problem.token_bytes)
+    joins = cost * length <= gain
+    joins &= short
+    joins &= num_children > 0
     below = _children(parent, joins)
     if not len(below):
         return segments
@@ -39,7 +40,7 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
     joins[above[~(short.take(below) & _follows(segments, below, above))]] = False
     # Rows of its own would have to be left with it.
     joins &= np.bincount(above, rows.take(below), len(length)) == rows
-    below = _children(parent, joins)
+    below = below[joins.take(above)]
     if not len(below):
         return segments
 

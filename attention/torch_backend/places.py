@@ -29,17 +29,17 @@ def places_of(segments: Segments, items: WorkItems) -> Places:
     blocks, block_size = segments.blocks, segments.block_size
     token = segments.offset.take(items.segment)
     token += items.kv_begin
-    base = segments.first_block.take(items.segment)
     end = token + items.kv_len
     end -= 1
-    last = end // block_size
-    last += base
-    first = token // block_size
+    first, last = token // block_size, end // block_size
+    token -= first * block_size
+    base = segments.first_block.take(items.segment)
     first += base
+    last += base
     breaks = breaks_before(blocks[1:] - blocks[:-1] != 1)
     return Places(
         block=blocks.take(first).astype(np.int64),
-        offset=token % block_size,
+        offset=token,
         contiguous=breaks.take(first) == breaks.take(last),
     )
 

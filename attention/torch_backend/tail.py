@@ -118,7 +118,8 @@ class Tail:
                     query_index=None if part.rows is None else part.rows[of],
                     rows=None,
                     targets=None,
-                    first_position=part.positions[of],
+                    positions=part.positions,
+                    first=begin,
                     temperature=part.temperature,
                     log_weight=None if weight is None else weight[of],
                 )

@@ -44,11 +44,10 @@ def turned(problem: Problem, segments: Segments, items: WorkItems) -> tuple[Segm
 def _falling(problem: Problem, segments: Segments, items: WorkItems) -> Int64Array:
     """The segments to be turned: all rows see them whole, and their whole blocks are one run."""
     blocks, size = segments.blocks, segments.block_size
-    falls = blocks[1:] - blocks[:-1] == -1
     # In sets, segments have blocks in common. With heads first in a block, a run of blocks need not
     # be one of tokens.
     possible = segments.on_paths and (problem.layout == "NHD" or size == 1)
-    if not possible or not np.count_nonzero(falls):
+    if not possible or not np.count_nonzero(blocks[1:] < blocks[:-1]):
         return np.empty(0, np.int64)
     whole = segments.length // size
     worthwhile = (whole > 1) & (segments.offset == 0)
@@ -56,7 +55,7 @@ def _falling(problem: Problem, segments: Segments, items: WorkItems) -> Int64Arr
     in_part = items.masked | (items.kv_len < segments.length.take(items.segment))
     worthwhile[items.segment[in_part]] = False
     (chosen,) = worthwhile.nonzero()
-    breaks = breaks_before(~falls)
+    breaks = breaks_before(blocks[1:] - blocks[:-1] != -1)
     first = segments.first_block[chosen]
     falling: Int64Array = chosen[breaks[first] == breaks[first + whole[chosen] - 1]]
     return falling

@@ -169,49 +169,52 @@ def _groups(
     batches: Batches,
     kv: list[InPlace] | list[Gathered],
 ) -> list[Group]:
-    items = batches.items
+    items, lead = batches.items, batches.begin
     first_row = query.take(items.row_begin)
     consecutive = _consecutive(batches, first_row, query.take(items.row_end - 1) + 1)
     first_position = segments.start.take(items.segment) + items.kv_begin
     positions = torch.from_numpy(first_position).to(problem.device)
-    temperature, log_weight = [1.0] * len(batches.begin), None
+    temperature, log_weight = np.ones(len(lead)), None
     if segments.temperature is not None:
-        lead = items.segment.take(batches.begin)
-        temperature = segments.temperature.take(lead).tolist()
+        temperature = segments.temperature.take(items.segment.take(lead))
     if segments.log_weight is not None:
         each = torch.from_numpy(segments.log_weight.take(items.segment))
         log_weight = each.to(problem.device, problem.precision)
-    first_query = first_row.take(batches.begin).tolist()
-    masked = items.masked.take(batches.begin).tolist()
-    ragged = (np.minimum.reduceat(items.kv_len, batches.begin) < batches.tokens).tolist()
 
-    groups = []
-    for index, (begin, size, queries, tokens) in enumerate(
-        zip(*(column.tolist() for column in batches[1:]), strict=True)
-    ):
-        of_items = slice(begin, begin + size)
-        group = Group(
+    columns = *batches[1:], first_row.take(lead), temperature
+    groups = [
+        Group(
             size=size,
             queries=queries,
             tokens=tokens,
-            kv=kv[index],
+            kv=where,
             mask=None,
-            first_query=first_query[index] if consecutive[index] else None,
+            first_query=first_query,
             query_index=None,
             rows=None,
             targets=None,
             positions=positions,
-            first=begin,
-            temperature=temperature[index],
-            log_weight=None if log_weight is None else log_weight[of_items],
+            first=first,
+            temperature=divisor,
+            log_weight=None if log_weight is None else log_weight[first : first + size],
         )
+        for where, first, size, queries, tokens, first_query, divisor in zip(
+            kv, *(column.tolist() for column in columns), strict=True
+        )
+    ]
+    masked = items.masked.take(lead)
+    ragged = np.minimum.reduceat(items.kv_len, lead) < batches.tokens
+    for index in (masked | ragged | ~consecutive).nonzero()[0].tolist():
+        group = groups[index]
+        some = items.take(np.arange(group.first, group.first + group.size))
         if ragged[index] and not masked[index]:
-            seen = np.arange(tokens) < items.kv_len[of_items, None]
+            seen = np.arange(group.tokens) < some.kv_len[:, None]
             group = group._replace(mask=additive(problem, seen[:, None]))
-        if not consecutive[index] or masked[index]:
-            some = items.take(np.arange(begin, begin + size))
+        if not consecutive[index]:
+            group = group._replace(first_query=None)
+        if masked[index] or not consecutive[index]:
             group = _with_rows(problem, segments, query, some, group)
-        groups.append(group)
+        groups[index] = group
     return groups
 
 
@@ -237,7 +240,7 @@ def _with_rows(
     return group
 
 
-def _consecutive(batches: Batches, first: Int64Array, last: Int64Array) -> list[bool]:
+def _consecutive(batches: Batches, first: Int64Array, last: Int64Array) -> BoolArray:
     """For each batch, whether its queries are consecutive and none of them padding.
 
     first, last: int64 [I], first query of each item and the one behind its last.
@@ -246,7 +249,7 @@ def _consecutive(batches: Batches, first: Int64Array, last: Int64Array) -> list[
     np.equal(first[1:], last[:-1], out=follows[1:])
     follows[batches.begin] = True
     follows &= last - first == batches.queries.repeat(batches.size)
-    consecutive: list[bool] = np.logical_and.reduceat(follows, batches.begin).tolist()
+    consecutive: BoolArray = np.logical_and.reduceat(follows, batches.begin)
     return consecutive
 
 

@@ -127,7 +127,7 @@ def _is_forest(forest: ForestArrays) -> bool:
     parent, leaf, query_len = forest.parent, forest.leaf, forest.query_len
     if parent.min() < -1 or np.count_nonzero(parent >= np.arange(num_nodes)):
         return False
-    if leaf.min() < 0 or leaf.max() >= num_nodes or query_len.min() < 1:
+    if not _is_below(num_nodes, leaf) or query_len.min() < 1:
         return False
     # Index -1, the parent of roots, reads the entry behind the last node.
     end = np.zeros(num_nodes + 1, np.int64)
@@ -179,14 +179,23 @@ def _are_nodes(nodes: NodeArrays, num_blocks: int | None) -> bool:
     if nodes.blocks.shape != (nodes.block_ptr[-1],) or nodes.blocks.dtype.kind != "i":
         return False
     offset, block_size = nodes.offset, nodes.block_size
-    if nodes.length.min() < 1 or offset.min() < 0 or offset.max() >= block_size:
-        return False
     left = (nodes.block_ptr[1:] - nodes.block_ptr[:-1]) * np.int64(block_size)
     left -= offset
     left -= nodes.length
-    if left.min() < 0 or left.max() >= block_size or nodes.blocks.min() < 0:
+    if not _is_below(block_size, left) or not _is_below(block_size, offset):
         return False
-    return num_blocks is None or bool(nodes.blocks.max() < num_blocks)
+    limit = 1 << 8 * nodes.blocks.itemsize - 1 if num_blocks is None else num_blocks
+    return bool(nodes.length.min() >= 1) and _is_below(limit, nodes.blocks)
+
+
+def _is_below(bound: int, values: npt.NDArray[np.signedinteger]) -> bool:
+    """Whether all of (one or more) values are from 0 to below a bound; in one pass."""
+    # Negative ones are more than any bound without their sign.
+    unsigned = values.view(_UNSIGNED[values.itemsize])
+    return bool(np.maximum.reduce(unsigned) < bound)
+
+
+_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 def check_shape(name: str, array: npt.NDArray[Any], size: int) -> None:

@@ -15,6 +15,7 @@ class QueryOrder(NamedTuple):
         position: int64 [num_queries], position of each query in its path.
         sequence_end: int64 [S], end of each sequence's queries, sequences depth-first.
         node: int64 [N], the nodes in preorder, siblings in the order of their indices.
+        place: int64 [N], place of each node in `node`.
         begin, end: int64 [N], the range of queries that belong to sequences through `node`.
         depth: int64 [N], number of ancestors of `node`.
     """
@@ -23,6 +24,7 @@ class QueryOrder(NamedTuple):
     position: Int64Array
     sequence_end: Int64Array
     node: Int64Array
+    place: Int64Array
     begin: Int64Array
     end: Int64Array
     depth: Int64Array
@@ -57,6 +59,7 @@ def depth_first(forest: ForestArrays) -> QueryOrder:
         position=position,
         sequence_end=sequence_end,
         node=node,
+        place=place,
         begin=queries_before[:-1],
         end=queries_before.take(subtree_end),
         depth=nodes - ended[:-1],

@@ -96,14 +96,13 @@ def _of_forest(
 ) -> Segments:
     order = depth_first(forest)
     node, begin, end, depth = order.node, order.begin, order.end, order.depth
+    place = order.place
     used = begin < end
     if np.count_nonzero(used) < len(used):
         node, begin, end, depth = node[used], begin[used], end[used], depth[used]
-    segment = np.empty(len(used), np.int64)
-    segment[node] = np.arange(len(node))
-    above = forest.parent.take(node)
-    parent = segment.take(above)
-    parent[above < 0] = -1
+        place = (used.cumsum() - 1).take(place)
+    # Who has no parent finds the entry behind the last node.
+    parent = np.append(place, -1).take(forest.parent.take(node))
     return Segments(
         block_size=forest.block_size,
         blocks=forest.blocks,

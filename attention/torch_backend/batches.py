@@ -135,8 +135,9 @@ def _views(
     if problem.layout == "HND" and segments.block_size > 1:
         # The tokens of a head lie at one stride inside a block only.
         viewable &= places.offset + tokens <= segments.block_size
-    over = tokens & (KV_STEP - 1)
-    viewable &= (over <= KV_STEP // 2) | (tokens >= FEW_TOKENS) | (num_rows <= FEW_QUERIES)
+    ragged = tokens & (KV_STEP - 1) > KV_STEP // 2
+    if np.count_nonzero(ragged):
+        viewable &= ~ragged | (tokens >= FEW_TOKENS) | (num_rows <= FEW_QUERIES)
     (chosen,) = viewable.nonzero()
     if not len(chosen):
         return None, np.arange(len(viewable))
@@ -150,17 +151,15 @@ def _views(
     key = _mixed(shape) + places.block
     if len(chosen) < len(viewable):
         key = key.take(chosen)
-    chosen = chosen.take(key.argsort())
+    chosen = chosen.take(key.argsort(kind="stable"))
     shape, block = [column.take(chosen) for column in shape], places.block.take(chosen)
     (first,) = _begins(shape, block).nonzero()
     size = _sizes(first, len(chosen))
     lead = chosen.take(first)
     bytes_ = size * tokens.take(lead) * problem.token_bytes
     calls = np.maximum(most_queries(problem) // num_rows.take(lead), 1)
-    behind = np.zeros(len(block), np.int64)
-    np.subtract(block[1:], block[:-1], out=behind[:-1])
-    step = behind.take(first)
-    step[size == 1] = 0
+    second = np.minimum(first + 1, len(block) - 1)
+    step = (block.take(second) - block.take(first)) * (size > 1)
 
     left = None
     # An item that fills a call has one of its own in any case.

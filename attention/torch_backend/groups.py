@@ -12,7 +12,7 @@ import torch
 
 from attention.forest import Int64Array
 from attention.problem import Problem
-from attention.segments import Segments
+from attention.segments import FloatArray, Segments
 from attention.torch_backend.batches import Batches, Gathers, Views
 from attention.torch_backend.items import BoolArray, WorkItems
 from attention.torch_backend.places import blocks_of, slots_of
@@ -73,30 +73,30 @@ class Group(NamedTuple):
     Attributes:
         size, queries, tokens: the padded shape.
         kv: where the tokens lie.
-        mask: [size, 1 or queries, tokens], 0 where seen and -inf where not; None where all is seen.
+        positions, first: int64, position of each item's first token; those of the group begin at
+            `first`.
+        temperature: what logits are divided by.
+        log_weight: [size], added to the logits of each item; None for 0.
         first_query: first query, if the group's are consecutive and unpadded.
         query_index: int64 [size * queries], the queries otherwise.
         rows, targets: int64, the group's rows that are kept and their queries; None where all are
             kept.
-        positions, first: position of each item's first token, int64; those of the group begin at
-            `first`.
-        temperature: what logits are divided by.
-        log_weight: [size], added to the logits of each item; None for 0.
+        mask: [size, 1 or queries, tokens], 0 where seen and -inf where not; None where all is seen.
     """
 
     size: int
     queries: int
     tokens: int
     kv: InPlace | Gathered
-    mask: torch.Tensor | None
-    first_query: int | None
-    query_index: torch.Tensor | None
-    rows: torch.Tensor | None
-    targets: torch.Tensor | None
     positions: torch.Tensor
     first: int
     temperature: float
     log_weight: torch.Tensor | None
+    first_query: int | None = None
+    query_index: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 def make_groups(
@@ -174,7 +174,8 @@ def _groups(
     consecutive = _consecutive(batches, first_row, query.take(items.row_end - 1) + 1)
     first_position = segments.start.take(items.segment) + items.kv_begin
     positions = torch.from_numpy(first_position).to(problem.device)
-    temperature, log_weight = np.ones(len(lead)), None
+    temperature: FloatArray = np.ones(len(lead))
+    log_weight = None
     if segments.temperature is not None:
         temperature = segments.temperature.take(items.segment.take(lead))
     if segments.log_weight is not None:
@@ -182,26 +183,14 @@ def _groups(
         log_weight = each.to(problem.device, problem.precision)
 
     columns = *batches[1:], first_row.take(lead), temperature
-    groups = [
-        Group(
-            size=size,
-            queries=queries,
-            tokens=tokens,
-            kv=where,
-            mask=None,
-            first_query=first_query,
-            query_index=None,
-            rows=None,
-            targets=None,
-            positions=positions,
-            first=first,
-            temperature=divisor,
-            log_weight=None if log_weight is None else log_weight[first : first + size],
+    groups = []
+    for where, first, size, queries, tokens, first_query, divisor in zip(
+        kv, *(column.tolist() for column in columns), strict=True
+    ):
+        weight = None if log_weight is None else log_weight[first : first + size]
+        groups.append(
+            Group(size, queries, tokens, where, positions, first, divisor, weight, first_query)
         )
-        for where, first, size, queries, tokens, first_query, divisor in zip(
-            kv, *(column.tolist() for column in columns), strict=True
-        )
-    ]
     masked = items.masked.take(lead)
     ragged = np.minimum.reduceat(items.kv_len, lead) < batches.tokens
     for index in (masked | ragged | ~consecutive).nonzero()[0].tolist():

@@ -186,11 +186,6 @@ def _group(
         queries=1,
         tokens=CHUNK,
         kv=Gathered(tensor(ids), 1, None, {}),
-        mask=additive(problem, seen[:, None]),
-        first_query=None,
-        query_index=tensor(query[row]),
-        rows=None,
-        targets=None,
         positions=tensor(first),
         first=0,
         temperature=1.0
@@ -199,4 +194,6 @@ def _group(
         log_weight=None
         if weight is None
         else torch.from_numpy(weight[segment[kept]]).to(problem.device, problem.precision),
+        query_index=tensor(query[row]),
+        mask=additive(problem, seen[:, None]),
     )

@@ -24,15 +24,16 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
     O(segments), and for those that are joined O(their blocks * their depth).
     """
     parent, length = segments.parent, segments.length
+    # What is read in place by itself is left alone.
+    short = length < -(-WORTH_A_CALL // problem.token_bytes)
     num_children = np.bincount(parent + 1, minlength=len(length) + 1)[1:]
+    joins = short & (num_children > 0)
+    if not np.count_nonzero(joins):
+        return segments
     rows = segments.row_end - segments.row_begin
     cost = (num_children - 1) * problem.token_bytes
     gain = rows * (problem.num_q_heads * problem.value_head_dim * BYTES_A_NUMBER)
-    # What is read in place by itself is left alone.
-    short = length < -(-WORTH_A_CALL // problem.token_bytes)
-    joins = cost * length <= gain
-    joins &= short
-    joins &= num_children > 0
+    joins &= cost * length <= gain
     below = _children(parent, joins)
     if not len(below):
         return segments

@@ -113,15 +113,13 @@ class Tail:
                     queries=1,
                     tokens=tokens,
                     kv=Gathered(ids[of], 1, None, {}),
-                    mask=None if mask is None else mask[of],
-                    first_query=begin if part.rows is None else None,
-                    query_index=None if part.rows is None else part.rows[of],
-                    rows=None,
-                    targets=None,
                     positions=part.positions,
                     first=begin,
                     temperature=part.temperature,
                     log_weight=None if weight is None else weight[of],
+                    first_query=begin if part.rows is None else None,
+                    query_index=None if part.rows is None else part.rows[of],
+                    mask=None if mask is None else mask[of],
                 )
             )
         return groups

@@ -60,7 +60,7 @@ class TorchWork:
         self._query_index: torch.Tensor | None = None
         query, position = segments.query, segments.position
         if num_rows == segments.num_queries:
-            if not (query[1:] > query[:-1]).all():
+            if np.count_nonzero(query[1:] < query[:-1]):
                 self._query_index = torch.from_numpy(query).to(problem.device)
             query = np.arange(num_rows)
         else:

@@ -41,8 +41,9 @@ def expected_order(forest: Forest) -> tuple[list[tuple[int, int, int, int]], lis
 def assert_depth_first(forest: Forest) -> None:
     nodes, queries = expected_order(forest)
     order = depth_first(forest)
-    found = zip(*(column.tolist() for column in order[3:]), strict=True)
-    assert list(found) == nodes
+    columns = order.node, order.begin, order.end, order.depth
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == nodes
+    assert order.place[order.node].tolist() == list(range(len(nodes)))
     assert list(zip(order.packed.tolist(), order.position.tolist(), strict=True)) == queries
     lengths = np.diff(order.sequence_end, prepend=0)
     assert sorted(lengths.tolist()) == sorted(forest.query_len.tolist())

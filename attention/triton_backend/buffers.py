@@ -11,7 +11,7 @@ from attention.errors import PlanFull
 from attention.forest import Int32Array, Int64Array
 
 Values = npt.NDArray[np.integer] | npt.NDArray[np.floating]
-Change = tuple[str, Int64Array | None, Values]
+Change = tuple[str, Int32Array | Int64Array | None, Values]
 """Name of a column, places in it (None: the first ones), and their values."""
 
 _ALIGNMENT = 32  # columns begin at multiples of so many elements: 128 bytes
@@ -31,17 +31,15 @@ class Columns:
         self._begin = dict(zip(capacity, accumulate(sizes, initial=0), strict=False))
         self._staged = sum(sizes[:staged])
         self._tensor = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        columns: tuple[torch.Tensor, ...] = self._tensor.split(sizes)
+        self._columns = dict(zip(capacity, columns, strict=True))
         self._uploaded: torch.cuda.Event | None = None
-        if device.type == "cpu":
-            self._host = self._tensor
-        else:
-            self._host = _pinned(self._staged)
+        self._host = self._tensor if device.type == "cpu" else _pinned(self._staged)
         self._array: Int32Array = self._host.numpy()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The column on the device."""
-        begin = self._begin[name]
-        return self._tensor[begin : begin + self._capacity[name]]
+        """The column on the device, and what rounds its size up."""
+        return self._columns[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._begin
@@ -63,9 +61,10 @@ class Columns:
         self.check({name: len(values) for name, values in columns.items()})
         if self._uploaded is not None:
             self._uploaded.synchronize()
+        array = self._array
         for name, values in columns.items():
             begin = self._begin[name]
-            self._array[begin : begin + len(values)] = _as_int32(values)
+            array[begin : begin + len(values)] = _as_int32(values)
         if self._host is not self._tensor:
             self._tensor[: self._staged].copy_(self._host, non_blocking=True)
             # The stream of the copy: that of the tensor's device, which may not be the current one.
@@ -76,10 +75,8 @@ class Columns:
         if self._host is self._tensor:
             for name, index, values in changes:
                 begin = self._begin[name]
-                if index is None:
-                    self._array[begin : begin + len(values)] = _as_int32(values)
-                else:
-                    self._array[begin + index] = _as_int32(values)
+                column = self._array[begin : begin + self._capacity[name]]
+                column[slice(len(values)) if index is None else index] = _as_int32(values)
             return
         total = sum(len(values) for _, _, values in changes)
         patch = _pinned(2, total)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from attention.forest import Int32Array, Int64Array
-from attention.ranges import expand
 from attention.segments import FloatArray, Segments
 from attention.triton_backend.lists import Pieces
 
@@ -40,14 +39,14 @@ class PieceColumns(NamedTuple):
 
 
 class EntryColumns(NamedTuple):
-    """Columns as in `units.Entries`, int64 and float32 [E]; `place`: their places in these."""
+    """Columns as in `units.Entries`, int32 and float32 [E]; `place`: their places in these."""
 
-    place: Int64Array
-    slot: Int64Array
-    length: Int64Array
-    position: Int64Array
-    row_begin: Int64Array
-    row_end: Int64Array
+    place: Int32Array
+    slot: Int32Array
+    length: Int32Array
+    position: Int32Array
+    row_begin: Int32Array
+    row_end: Int32Array
     scale: FloatArray | None
     bias: FloatArray | None
 
@@ -60,32 +59,41 @@ def piece_columns(segments: Segments, pieces: Pieces) -> PieceColumns:
         entry=pieces.entry,
         entries=pieces.entries,
         log2_width=pieces.log2_width,
-        place=segments.offset[of] + pieces.begin,
+        place=segments.offset.take(of) + pieces.begin,
         length=pieces.length,
-        first_block=segments.first_block[of],
-        position=segments.start[of] + pieces.begin,
+        first_block=segments.first_block.take(of),
+        position=segments.start.take(of) + pieces.begin,
         row_begin=pieces.row_begin,
         row_end=pieces.row_end,
-        scale=None if temperature is None else 1 / temperature[of],
-        bias=None if log_weight is None else log_weight[of],
+        scale=None if temperature is None else 1 / temperature.take(of),
+        bias=None if log_weight is None else log_weight.take(of),
     )
 
 
 def expand_pieces(pieces: PieceColumns, blocks: Int32Array, block_size: int) -> EntryColumns:
     """The entries of pieces, on the host; O(entries)."""
-    piece, ordinal = expand(pieces.entries)
-    place, shift = pieces.place[piece], pieces.log2_width[piece]
-    multiple = (place >> shift) + ordinal
+    counts = pieces.entries
+
+    def each(values: Int64Array) -> Int32Array:
+        return values.astype(np.int32).repeat(counts)
+
+    entry = np.arange(counts.sum(), dtype=np.int32)
+    before = counts.cumsum() - counts
+    place, shift = each(pieces.place), each(pieces.log2_width)
+    multiple = entry + each((pieces.place >> pieces.log2_width) - before)
     begin = np.maximum(place, multiple << shift)
-    end = np.minimum(place + pieces.length[piece], multiple + 1 << shift)
-    block = blocks[pieces.first_block[piece] + begin // block_size]
+    multiple += 1
+    end = np.minimum(each(pieces.place + pieces.length), multiple << shift)
+    block = begin // block_size
+    inside = begin - block * block_size
+    block += each(pieces.first_block)
     return EntryColumns(
-        place=pieces.entry[piece] + ordinal,
-        slot=block.astype(np.int64) * block_size + begin % block_size,
+        place=each(pieces.entry - before) + entry,
+        slot=blocks.take(block) * np.int32(block_size) + inside,
         length=end - begin,
-        position=pieces.position[piece] + begin - place,
-        row_begin=pieces.row_begin[piece],
-        row_end=pieces.row_end[piece],
-        scale=None if pieces.scale is None else pieces.scale[piece],
-        bias=None if pieces.bias is None else pieces.bias[piece],
+        position=each(pieces.position - pieces.place) + begin,
+        row_begin=each(pieces.row_begin),
+        row_end=each(pieces.row_end),
+        scale=None if pieces.scale is None else pieces.scale.repeat(counts),
+        bias=None if pieces.bias is None else pieces.bias.repeat(counts),
     )

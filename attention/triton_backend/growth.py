@@ -5,9 +5,9 @@ import numpy.typing as npt
 
 from attention.errors import PlanMismatch
 from attention.forest import Int32Array, Int64Array
-from attention.segments import Segments
 from attention.triton_backend.buffers import Change
-from attention.triton_backend.tails import Tails
+from attention.triton_backend.planner import UnitPlan
+from attention.triton_backend.tails import place_tails
 
 AnyArray = npt.NDArray[np.generic]
 
@@ -19,32 +19,28 @@ class Growth:
         left: how many tokens a row may still grow by.
     """
 
-    def __init__(self, segments: Segments, tails: Tails, units: str, reserve: int) -> None:
-        """Begin with `tails` as they are planned.
+    def __init__(self, plan: UnitPlan, units: str, reserve: int) -> None:
+        """Begin with the tails as they are planned; there must be some.
 
         Args:
             units: name of the columns of the units that read the tails.
         """
+        assert plan.tails is not None
+        segments, tail = plan.segments, plan.tails.segment
         self.left = reserve
         self._units = units
         self._block_size = segments.block_size
         self._query = segments.query
-        self._tile, self._width, self._unit = tails.tile, tails.width, tails.unit
-        self._entry, self._free = tails.entry.copy(), tails.free.copy()
-        # As narrow as the columns, into which they go at every step.
+        places = place_tails(segments, plan.pieces, plan.tails)
+        # Counted in 32 bits, as in the columns, into which most of it goes at every step.
+        self._entry, self._length, self._room, self._next_slot, *rest = places
+        self._width, self._tile, self._free, self._unit = rest
         self._position = segments.position.astype(np.int32)
-        self._length, self._next_slot = (
-            column.astype(np.int32) for column in (tails.length, tails.next_slot)
-        )
-        # Tokens that the last entry, within its block, still takes; without one, the next slot, -1,
-        # is none.
-        in_block = -tails.next_slot % segments.block_size
-        self._room = np.minimum(tails.width - tails.length, in_block).astype(np.int32)
         self._scale = self._bias = None
         if segments.temperature is not None:
-            self._scale = 1 / segments.temperature[tails.segment]
+            self._scale = 1 / segments.temperature[tail]
         if segments.log_weight is not None:
-            self._bias = segments.log_weight[tails.segment]
+            self._bias = segments.log_weight[tail]
 
     def advance(self, slots: AnyArray) -> list[Change]:
         """Append the token at slots[query] to each row's tail; the changes of the columns.

@@ -19,6 +19,7 @@ MAX_LOG2_WIDTH = 6
 # Entries are narrow enough that a piece has about as many, so that few lanes are empty.
 ENTRIES_PER_PIECE = 4
 _POWERS = 2.0 ** np.arange(1, MAX_LOG2_WIDTH + 1)
+_LAST_LANES = (1 << np.arange(MAX_LOG2_WIDTH + 1)) - 1
 
 
 class Pieces(NamedTuple):
@@ -62,6 +63,11 @@ class TileLists(NamedTuple):
         return TileLists(
             begin.take(tiles), mid.take(tiles), end.take(tiles), width.take(tiles), num_entries
         )
+
+    def behind(self, tiles: int) -> "TileLists":
+        """What the tiles behind the first ones read."""
+        begin, mid, end, width, num_entries = self
+        return TileLists(begin[tiles:], mid[tiles:], end[tiles:], width[tiles:], num_entries)
 
 
 def is_all_seen(problem: Problem, segments: Segments) -> bool:
@@ -135,14 +141,14 @@ def tile_lists(
     behind = count.cumsum()
     list_end = entries_before.take(behind)
     list_begin = entries_before.take(behind - count)
-    num_full = np.bincount(parts.list, parts.full, num_lists).astype(np.int64)
-    list_mid = entries_before.take(behind - count + num_full)
+    num_partly = np.bincount(parts.list.take((~parts.full).nonzero()[0]), minlength=num_lists)
+    list_mid = entries_before.take(behind - num_partly)
     num_entries = int(entries_before[-1])
     if reserve:
         spare = (rows.end - rows.begin) * reserve
         spare[: list_of_tile[num_fat - 1] + 1 if num_fat else 0] = 0
         before = spare.cumsum() - spare
-        entry = entry + before[parts.list]
+        entry = entry + before.take(parts.list)
         list_begin, list_mid, list_end = (x + before for x in (list_begin, list_mid, list_end))
         num_entries += int(spare.sum())
     pieces = Pieces(
@@ -241,7 +247,8 @@ def _visible(
 def _log2_width(parts: _Parts, count: Int64Array, block_size: int) -> Int64Array:
     """Width of the entries of each list: a power of two that divides the block size."""
     most = min((block_size & -block_size).bit_length() - 1, MAX_LOG2_WIDTH)
-    tokens = np.bincount(parts.list, parts.length, len(count))
+    tokens = np.zeros(len(count), np.int64)
+    np.add.at(tokens, parts.list, parts.length)
     lanes = tokens / np.maximum(count * ENTRIES_PER_PIECE, 1)
     width: Int64Array = _POWERS[:most].searchsorted(lanes, side="right")
     return width
@@ -249,8 +256,9 @@ def _log2_width(parts: _Parts, count: Int64Array, block_size: int) -> Int64Array
 
 def _inside(segments: Segments, parts: _Parts | Pieces, shift: Int64Array) -> Int64Array:
     """How far behind a multiple of the width each part begins."""
-    begin = segments.offset.take(parts.segment) + parts.begin
-    inside: Int64Array = begin & ((1 << shift) - 1)
+    inside: Int64Array = segments.offset.take(parts.segment)
+    inside += parts.begin
+    inside &= _LAST_LANES.take(shift)
     return inside
 
 
@@ -260,7 +268,7 @@ def _entries(inside: Int64Array, length: Int64Array, shift: Int64Array) -> Int64
     Without tokens, one if it begins inside.
     """
     entries = inside + length
-    entries += (1 << shift) - 1
+    entries += _LAST_LANES.take(shift)
     entries >>= shift
     return entries
 

@@ -10,7 +10,7 @@ from attention.ranges import expand
 from attention.segments import Segments
 from attention.triton_backend.cost import Costs
 from attention.triton_backend.lists import Pieces, TileLists, is_all_seen, tile_lists
-from attention.triton_backend.tails import Tails, place_tails, with_tails
+from attention.triton_backend.tails import Tails, with_tails
 from attention.triton_backend.tiling import Tiling, make_tilings
 
 # Lists are cut for balance into parts of no fewer lanes; all but the last are whole steps long.
@@ -124,15 +124,12 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
         units_of[rows] = units.part(begin, num_units)
     tails = None
     if tail is not None:
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        tails = place_tails(
-            segments,
-            tail,
-            pieces,
-            Tiling(tiles.begin[num_fat:], tiles.end[num_fat:]),
-            lists.take(np.arange(num_fat, len(tiles.begin))),
-            place[parts.cumsum()[num_fat:] - 1] - num_fat_units,
+        tails = Tails(
+            segment=tail,
+            rows=Tiling(tiles.begin[num_fat:], tiles.end[num_fat:]),
+            lists=lists.behind(num_fat),
+            parts=parts[num_fat:],
+            order=order[num_fat_units:] - num_fat_units,
         )
     return UnitPlan(
         segments=segments,

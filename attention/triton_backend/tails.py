@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attention.forest import Int64Array
+from attention.forest import Int32Array, Int64Array
 from attention.reserve import grown_segments
 from attention.segments import FloatArray, Segments
 from attention.triton_backend.lists import Pieces, TileLists
@@ -12,24 +12,41 @@ from attention.triton_backend.tiling import Tiling
 
 
 class Tails(NamedTuple):
-    """Tails of R rows, as they are planned.
+    """Tails of R rows in T lean tiles, from which `place_tails` finds what grows, once it does.
+
+    Attributes:
+        segment: int64 [R], the tail's segment.
+        rows, lists: of the tiles.
+        parts: int64 [T], units of each tile.
+        order: int64 [U], units in the order in which they are run, by their order by tile.
+    """
+
+    segment: Int64Array
+    rows: Tiling
+    lists: TileLists
+    parts: Int64Array
+    order: Int64Array
+
+
+class TailPlaces(NamedTuple):
+    """Where R tails end, and where they go on.
 
     Attributes:
         entry: int64 [R], entry of the tail's last token, -1 if it has none yet.
-        length: int64 [R], tokens of that entry.
-        next_slot: int64 [R], slot behind that token, -1 if there is none.
+        length: int32 [R], tokens of that entry.
+        room: int32 [R], tokens that it still takes, in its block.
+        next_slot: int32 [R], slot behind that token, -1 if there is none.
         width: int64 [R], most tokens of an entry.
-        segment: int64 [R], the tail's segment.
-        tile: int64 [R], tile of the row among the lean ones.
+        tile: int64 [R], tile of the row.
         free: int64 [T], first entry behind each tile's list.
         unit: int64 [T], the tile's last unit, which reads on into them.
     """
 
     entry: Int64Array
-    length: Int64Array
-    next_slot: Int64Array
+    length: Int32Array
+    room: Int32Array
+    next_slot: Int32Array
     width: Int64Array
-    segment: Int64Array
     tile: Int64Array
     free: Int64Array
     unit: Int64Array
@@ -74,48 +91,42 @@ def with_tails(segments: Segments) -> tuple[Segments, Int64Array]:
     return longer, tail
 
 
-def place_tails(
-    segments: Segments,
-    tail: Int64Array,
-    pieces: Pieces,
-    rows: Tiling,
-    lists: TileLists,
-    last_unit: Int64Array,
-) -> Tails:
-    """Find the tails of all rows in the lists of their tiles.
-
-    Args:
-        segments, tail: from `with_tails`.
-        last_unit: int64 [T], last unit of each tile.
-    """
-    num_rows, size = len(tail), segments.block_size
+def place_tails(segments: Segments, pieces: Pieces, tails: Tails) -> TailPlaces:
+    """Find the tails of all rows in the lists of their tiles; segments as from `with_tails`."""
+    size, of, lists = segments.block_size, tails.segment, tails.lists
     ends = pieces.begin + pieces.length == segments.length.take(pieces.segment)
     (last,) = (ends & (pieces.length > 0)).nonzero()
     piece_of = np.full(len(segments.length), -1)
     piece_of[pieces.segment.take(last)] = last
-    piece = piece_of.take(tail)
+    piece = piece_of.take(of)
 
-    tile = np.arange(len(rows.begin)).repeat(rows.end - rows.begin)
+    tile = np.arange(len(tails.parts)).repeat(tails.rows.end - tails.rows.begin)
     width = 1 << lists.log2_width.take(tile)
-    entry, length, next_slot = (np.full(num_rows, none) for none in (-1, 0, -1))
-    (row,) = (piece >= 0).nonzero()
-    of, piece = tail.take(row), piece.take(row)
-    entries = pieces.entries.take(piece)
+    entry = pieces.entry.take(piece) + pieces.entries.take(piece)
+    entry -= 1
     # Where the last token is, from the begin of its segment's first block.
-    place = segments.offset.take(of) + segments.length.take(of) - 1
-    block = segments.first_block.take(of) + place // size
-    slot = segments.blocks.take(block).astype(np.int64) * size + place % size
-    entry[row] = pieces.entry.take(piece) + entries - 1
-    in_entry = (place & width.take(row) - 1) + 1
-    length[row] = np.where(entries > 1, in_entry, pieces.length.take(piece))
-    next_slot[row] = slot + 1
-    return Tails(
+    place = segments.offset.take(of) + segments.length.take(of)
+    place -= 1
+    ordinal = place // size
+    block = segments.blocks.take(segments.first_block.take(of) + ordinal)
+    inside = place - ordinal * size
+    next_slot = block.astype(np.int64) * size + inside
+    next_slot += 1
+    length = np.minimum((place & width - 1) + 1, pieces.length.take(piece))
+    room = np.minimum(width - length, size - 1 - inside)
+    (empty,) = (piece < 0).nonzero()
+    entry[empty] = next_slot[empty] = -1
+    length[empty] = room[empty] = 0
+
+    unit = np.empty_like(tails.order)
+    unit[tails.order] = np.arange(len(unit))
+    return TailPlaces(
         entry=entry,
-        length=length,
-        next_slot=next_slot,
+        length=length.astype(np.int32),
+        room=room.astype(np.int32),
+        next_slot=next_slot.astype(np.int32),
         width=width,
-        segment=tail,
         tile=tile,
-        free=lists.end,
-        unit=last_unit,
+        free=lists.end.copy(),
+        unit=unit.take(tails.parts.cumsum() - 1),
     )

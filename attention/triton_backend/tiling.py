@@ -258,7 +258,8 @@ def _lean_tiles(
     """
     num_rows = len(borders) - 1
     own = np.zeros(num_rows + 1, np.int64)
-    own[1:] = np.bincount(begin, length, num_rows).cumsum()
+    np.add.at(own[1:], begin, length)
+    own = own.cumsum()
     tokens = own.take(end) - own.take(begin)
     few = min(TILE_TOKENS, int(own[-1]) // (4 * programs)) // rows_per_tile
     is_alone = tokens > few

@@ -100,6 +100,8 @@ class TritonWork:
         self._shape = shape_of(problem) if shape is None else shape
         self._segments = segments
         self._made = plan = self._plan(segments)
+        # Made when a row first grows: many plans of a busy engine do not live to see that.
+        self._growth: Growth | None = None
         self._columns = _make_columns(problem, plan)
         self._kinds = tuple(plan.units)
         self.schedule = _schedule(self._columns, self._kinds, plan)
@@ -195,6 +197,9 @@ class TritonWork:
             PlanMismatch: slots are no S integers of at least 0.
             PlanExhausted: the work has been advanced `reserve` times. It is left as it was.
         """
+        if self._growth is None and self._made.tails is not None:
+            units = _units(self._shape.lean_rows)
+            self._growth = Growth(self._made, units, self._reserve)
         if self._growth is None or self._growth.left == 0:
             raise PlanExhausted(
                 f"the plan has been advanced {self._reserve} times, all that it reserved room for"
@@ -224,21 +229,22 @@ class TritonWork:
             "rows.position": segments.position,
             "rows.partial": plan.partial,
             **_named("merges", plan.merges),
-            "merges.size": np.array([len(plan.merges.query)]),
         }
+        sizes = []
         for kind in self._kinds:
             units = plan.units.get(kind)
             values |= {} if units is None else _named(_units(kind), units)
-            size = 0 if units is None else len(units.ordinal)
-            values[f"{_units(kind)}.size"] = np.array([size])
+            sizes.append(0 if units is None else len(units.ordinal))
+        values["sizes"] = np.array([*sizes, len(plan.merges.query)])
         pieces = piece_columns(segments, plan.pieces)
         columns.check(dict.fromkeys(_entry_names(segments), plan.num_entries))
         on_gpu = "pieces.entry" in columns
         if on_gpu:
             values |= _named("pieces", pieces) | {"blocks": segments.blocks}
         columns.write(values)
-        # No piece has the entries that batch-invariant plans leave empty between pieces.
-        self.schedule.entries.length.zero_()
+        if self.problem.batch_invariant:
+            # No piece has the entries that are left empty between pieces.
+            self.schedule.entries.length.zero_()
         if on_gpu:
             expand_on_device(
                 {
@@ -263,38 +269,32 @@ class TritonWork:
                 ]
             )
         self._growth = None
-        if plan.tails is not None:
-            kind = self._shape.lean_rows
-            self._growth = Growth(segments, plan.tails, _units(kind), self._reserve)
 
 
 def _make_columns(problem: Problem, plan: UnitPlan) -> Columns:
     """Columns for a plan, with room for others that are somewhat larger."""
-    segments, on_gpu = plan.segments, problem.device.type != "cpu"
-    rows = _with_room(len(segments.query))
-    staged = {f"rows.{name}": rows for name in Rows._fields}
+    segments, pieces = plan.segments, plan.pieces
+    weights = _weights(segments)
+    staged: list[tuple[str, tuple[str, ...], int]] = [("rows", Rows._fields, len(segments.query))]
     for kind, units in plan.units.items():
-        size = _with_room(len(units.ordinal))
-        staged |= {f"{_units(kind)}.size": 1}
-        staged |= {f"{_units(kind)}.{name}": size for name in UnitColumns._fields}
-    staged |= {"merges.size": 1}
-    staged |= {
-        f"merges.{name}": _with_room(len(plan.merges.query)) for name in MergeColumns._fields
-    }
-    if on_gpu:
-        present = _named("pieces", piece_columns(segments, plan.pieces))
-        staged |= {name: _with_room(len(plan.pieces.entry)) for name in present}
-        staged |= {"blocks": _with_room(len(segments.blocks))}
-    room = _with_room(plan.num_entries)
-    return Columns(
-        staged | dict.fromkeys(_entry_names(segments), room), len(staged), problem.device
-    )
+        staged.append((_units(kind), UnitColumns._fields, len(units.ordinal)))
+    staged.append(("merges", MergeColumns._fields, len(plan.merges.query)))
+    if problem.device.type != "cpu":
+        staged.append(("pieces", (*PieceColumns._fields[:-2], *weights), len(pieces.entry)))
+    capacity = {"sizes": len(plan.units) + 1}
+    for prefix, names, size in staged:
+        capacity |= dict.fromkeys([f"{prefix}.{name}" for name in names], _with_room(size))
+    if problem.device.type != "cpu":
+        capacity |= {"blocks": _with_room(len(segments.blocks))}
+    entries = dict.fromkeys(_entry_names(segments), _with_room(plan.num_entries))
+    return Columns(capacity | entries, len(capacity), problem.device)
 
 
 def _schedule(columns: Columns, kinds: tuple[int, ...], plan: UnitPlan) -> Schedule:
     def required(prefix: str, *names: str) -> dict[str, torch.Tensor]:
         return {name: columns[f"{prefix}.{name}"] for name in names}
 
+    *unit_sizes, num_merges = columns["sizes"][: len(kinds) + 1].split(1)
     return Schedule(
         rows=Rows(**required("rows", *Rows._fields)),
         entries=Entries(
@@ -303,10 +303,10 @@ def _schedule(columns: Columns, kinds: tuple[int, ...], plan: UnitPlan) -> Sched
             bias=_floats(columns, "entries.bias"),
         ),
         units=tuple(
-            Units(**required(_units(kind), *Units._fields[:-1]), rows_per_tile=kind)
-            for kind in kinds
+            Units(size=size, **required(_units(kind), *UnitColumns._fields), rows_per_tile=kind)
+            for kind, size in zip(kinds, unit_sizes, strict=True)
         ),
-        merges=Merges(**required("merges", *Merges._fields)),
+        merges=Merges(size=num_merges, **required("merges", *MergeColumns._fields)),
         num_partials=_with_room(plan.num_partials),
     )
 
@@ -315,11 +315,14 @@ def _floats(columns: Columns, name: str) -> torch.Tensor | None:
     return columns[name].view(torch.float32) if name in columns else None
 
 
+def _weights(segments: Segments) -> list[str]:
+    """The columns of weights that there are."""
+    weights = {"scale": segments.temperature, "bias": segments.log_weight}
+    return [name for name, values in weights.items() if values is not None]
+
+
 def _entry_names(segments: Segments) -> list[str]:
-    names = list(Entries._fields[:5])
-    names += ["scale"] if segments.temperature is not None else []
-    names += ["bias"] if segments.log_weight is not None else []
-    return [f"entries.{name}" for name in names]
+    return [f"entries.{name}" for name in (*Entries._fields[:5], *_weights(segments))]
 
 
 def _named(prefix: str, columns: Columned) -> dict[str, Values]:

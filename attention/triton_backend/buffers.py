@@ -11,7 +11,7 @@ from attention.errors import PlanFull
 from attention.forest import Int32Array, Int64Array
 
 Values = npt.NDArray[np.integer] | npt.NDArray[np.floating]
-Change = tuple[str, Int32Array | Int64Array | None, Values]
+Change = tuple[str, Int64Array | None, Values]
 """Name of a column, places in it (None: the first ones), and their values."""
 
 _ALIGNMENT = 32  # columns begin at multiples of so many elements: 128 bytes

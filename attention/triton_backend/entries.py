@@ -39,9 +39,13 @@ class PieceColumns(NamedTuple):
 
 
 class EntryColumns(NamedTuple):
-    """Columns as in `units.Entries`, int32 and float32 [E]; `place`: their places in these."""
+    """Columns as in `units.Entries`, int32 and float32 [E].
 
-    place: Int32Array
+    Attributes:
+        place: int64 [E], their places in these.
+    """
+
+    place: Int64Array
     slot: Int32Array
     length: Int32Array
     position: Int32Array
@@ -88,7 +92,7 @@ def expand_pieces(pieces: PieceColumns, blocks: Int32Array, block_size: int) -> 
     inside = begin - block * block_size
     block += each(pieces.first_block)
     return EntryColumns(
-        place=each(pieces.entry - before) + entry,
+        place=(pieces.entry - before).repeat(counts) + entry,
         slot=blocks.take(block) * np.int32(block_size) + inside,
         length=end - begin,
         position=each(pieces.position - pieces.place) + begin,

@@ -26,7 +26,7 @@ def handle_of(plan: "Plan") -> torch.Tensor:
     number = next(_numbers)
     _plans[number] = plan
     with torch.inference_mode(False):
-        return torch.tensor([number], device="cpu")
+        return torch.full((1,), number, dtype=torch.int64, device="cpu")
 
 
 def plan_of(handle: torch.Tensor) -> "Plan":

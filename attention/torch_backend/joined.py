@@ -26,20 +26,19 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
     parent, length = segments.parent, segments.length
     # What is read in place by itself is left alone.
     short = length < -(-WORTH_A_CALL // problem.token_bytes)
-    num_children = np.bincount(parent + 1, minlength=len(length) + 1)[1:]
-    joins = short & (num_children > 0)
-    if not np.count_nonzero(joins):
-        return segments
-    rows = segments.row_end - segments.row_begin
-    cost = (num_children - 1) * problem.token_bytes
-    gain = rows * (problem.num_q_heads * problem.value_head_dim * BYTES_A_NUMBER)
-    joins &= cost * length <= gain
-    below = _children(parent, joins)
+    below = _children(parent, short)
+    below = below[short.take(below)] if len(below) else below
     if not len(below):
         return segments
     above = parent.take(below)
-    joins[above[~(short.take(below) & _follows(segments, below, above))]] = False
-    # Rows of its own would have to be left with it.
+    follows = _follows(segments, below, above)
+    below, above = below[follows], above[follows]
+    rows = segments.row_end - segments.row_begin
+    num_children = np.bincount(above, minlength=len(length))
+    cost = (num_children - 1) * problem.token_bytes
+    gain = rows * (problem.num_q_heads * problem.value_head_dim * BYTES_A_NUMBER)
+    joins = cost * length <= gain
+    # All children must take it on; and rows of its own would have to be left with it.
     joins &= np.bincount(above, rows.take(below), len(length)) == rows
     below = below[joins.take(above)]
     if not len(below):

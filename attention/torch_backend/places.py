@@ -50,7 +50,8 @@ def breaks_before(is_break: BoolArray) -> Int32Array:
     is_break: bool [B - 1], between each block and the next.
     """
     breaks = np.zeros(len(is_break) + 1, np.int32)
-    np.add.accumulate(is_break, dtype=np.int32, out=breaks[1:])
+    if np.count_nonzero(is_break):
+        np.add.accumulate(is_break, dtype=np.int32, out=breaks[1:])
     return breaks
 
 

@@ -13,6 +13,7 @@ HELP = "measure prefixtree on this machine"
 BENCHMARKS = {
     "cache": "prefixtree.bench.cache_command",
     "attention": "prefixtree.bench.attention_command",
+    "plan": "prefixtree.bench.plan_command",
     "decode": "prefixtree.bench.decode_command",
     "gpu": "prefixtree.bench.gpu_command",
     "engines": "prefixtree.bench.engines_command",

@@ -29,7 +29,7 @@ from prefixtree.bench.usable import require_writable, write_figures
 
 BLOCK_SIZE = 16
 RESERVE = 64
-HEADS = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TREES = {
     "1,024 on 6 levels": level_tree([1, 4, 16, 64, 256, 1024], [256, 8, 256, 64, 32, 256]),
     "1,024 on one prompt": level_tree([1, 1024], [2048, 32]),
@@ -74,8 +74,8 @@ def measure_planning(
     setting = attention_report.setting(device, dtype)
     print(
         f"{setting['device']}, {setting['dtype']}, torch {setting['torch']}. Microseconds of the "
-        f"host ({clock_name} time), median and least; steps in turn; heads 32/8, d 128, {RESERVE} "
-        "tokens in reserve.",
+        f"host ({clock_name} time), median and least; steps in turn; heads "
+        f"{Q_HEADS}/{KV_HEADS}, d {HEAD_DIM}, {RESERVE} tokens in reserve.",
         flush=True,
     )
     taken: list[Taken] = []
@@ -94,7 +94,10 @@ def measure_forest(
     backends = ["torch"]
     if device_lacks(device) is None:
         backends.append("triton")
-    kinds = [Parts(forest, device, dtype), *(Plans(forest, device, dtype, b) for b in backends)]
+    kinds: list[Parts | Plans] = [
+        Parts(forest, device, dtype),
+        *(Plans(forest, device, dtype, b) for b in backends),
+    ]
     times: defaultdict[str, list[float]] = defaultdict(list)
     for number in rounds:
         for kind in in_turn(kinds, number):
@@ -111,8 +114,10 @@ class Parts:
     def __init__(self, forest: ForestArrays, device: torch.device, dtype: torch.dtype) -> None:
         self._forest, self._segments = forest, segments_of(forest)
         self._problem = Problem(
-            **HEADS,
-            value_head_dim=HEADS["head_dim"],
+            num_q_heads=Q_HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            value_head_dim=HEAD_DIM,
             dtype=dtype,
             kv_dtype=dtype,
             device=device,
@@ -141,7 +146,9 @@ class Plans:
         self._make = partial(
             attention.plan,
             forest,
-            **HEADS,
+            num_q_heads=Q_HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
             dtype=dtype,
             device=device,
             reserve=RESERVE,
@@ -166,7 +173,6 @@ def table(taken: list[Taken]) -> str:
     cells = {
         (one.step, one.forest): f"{median(one.times):,.0f} ({min(one.times):,.0f})" for one in taken
     }
-    lines = [["", *forests]]
-    for step in dict.fromkeys(one.step for one in taken):
-        lines.append([step, *(cells[step, forest] for forest in forests)])
-    return aligned(lines)
+    steps = dict.fromkeys(one.step for one in taken)
+    rows = [[step, *(cells[step, forest] for forest in forests)] for step in steps]
+    return aligned([["", *forests], *rows])

@@ -12,7 +12,7 @@ from attention import PlanExhausted, PlanMismatch
 from attention.options import RunOptions
 from attention.plan import Plan
 from attention.segments import segments_of
-from attention.torch_backend import TorchWork
+from attention.torch_backend import TorchWork, batches
 from tests.attention.checks import plan_of, run_options
 from tests.attention.strategies import (
     Case,
@@ -41,8 +41,18 @@ def options_of(case: Case, plan: Plan) -> RunOptions:
 
 
 @settings(max_examples=settings().max_examples // 2)
-@given(cases(dtypes=(torch.float64,), kv_dtypes=(), source=forests()), st.integers(1, 12))
-def test_advancing_is_planning_anew(case: Case, steps: int) -> None:
+@given(
+    cases(dtypes=(torch.float64,), kv_dtypes=(), source=forests()),
+    st.integers(1, 12),
+    st.sampled_from((1, 2, 1024)),
+)
+def test_advancing_is_planning_anew(case: Case, steps: int, most_queries: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "MAX_QUERIES", most_queries)
+        assert_advancing_is_planning_anew(case, steps)
+
+
+def assert_advancing_is_planning_anew(case: Case, steps: int) -> None:
     leaves = case.forest.leaf.tolist()
     now = replace(case, source=with_sequences(case.forest, [(leaf, 1) for leaf in leaves]))
     # The same sequences later: each with a node of its own for its new tokens.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attention import PlanExhausted, PlanMismatch
@@ -45,6 +45,11 @@ def options_of(case: Case, plan: Plan) -> RunOptions:
     cases(dtypes=(torch.float64,), kv_dtypes=(), source=forests()),
     st.integers(1, 12),
     st.sampled_from((1, 2, 1024)),
+)
+@example(
+    Case(*level_forest([[20], [3, 9]]), dtype=torch.float64, alibi_slopes=(0.5,) * 4),
+    steps=2,
+    most_queries=1,
 )
 def test_advancing_is_planning_anew(case: Case, steps: int, most_queries: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -47,7 +47,7 @@ def options_of(case: Case, plan: Plan) -> RunOptions:
     st.sampled_from((1, 2, 1024)),
 )
 @example(
-    Case(*level_forest([[20], [3, 9]]), dtype=torch.float64, alibi_slopes=(0.5,) * 4),
+    case=Case(*level_forest([[20], [3, 9]]), dtype=torch.float64, alibi_slopes=(0.5,) * 4),
     steps=2,
     most_queries=1,
 )

@@ -33,7 +33,7 @@ class Growth:
         self._query = segments.query
         places = place_tails(segments, plan.pieces, plan.tails)
         # Counted in 32 bits, as in the columns, into which most of it goes at every step.
-        self._entry, self._length, self._room, self._next_slot, *rest = places
+        self._next_slot, self._entry, self._length, self._room, *rest = places
         self._width, self._tile, self._free, self._unit = rest
         self._position = segments.position.astype(np.int32)
         self._scale = self._bias = None

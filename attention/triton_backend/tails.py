@@ -32,20 +32,20 @@ class TailPlaces(NamedTuple):
     """Where R tails end, and where they go on.
 
     Attributes:
-        entry: int64 [R], entry of the tail's last token, -1 if it has none yet.
+        next_slot: int32 [R], slot behind the tail's last token, -1 if it has none yet.
+        entry: int64 [R], entry of that token; of no meaning where there is none, as what follows.
         length: int32 [R], tokens of that entry.
         room: int32 [R], tokens that it still takes, in its block.
-        next_slot: int32 [R], slot behind that token, -1 if there is none.
         width: int64 [R], most tokens of an entry.
         tile: int64 [R], tile of the row.
         free: int64 [T], first entry behind each tile's list.
         unit: int64 [T], the tile's last unit, which reads on into them.
     """
 
+    next_slot: Int32Array
     entry: Int64Array
     length: Int32Array
     room: Int32Array
-    next_slot: Int32Array
     width: Int64Array
     tile: Int64Array
     free: Int64Array
@@ -114,17 +114,15 @@ def place_tails(segments: Segments, pieces: Pieces, tails: Tails) -> TailPlaces:
     next_slot += 1
     length = np.minimum((place & width - 1) + 1, pieces.length.take(piece))
     room = np.minimum(width - length, size - 1 - inside)
-    (empty,) = (piece < 0).nonzero()
-    entry[empty] = next_slot[empty] = -1
-    length[empty] = room[empty] = 0
+    next_slot[piece < 0] = -1  # without an entry, they begin one
 
     unit = np.empty_like(tails.order)
     unit[tails.order] = np.arange(len(unit))
     return TailPlaces(
+        next_slot=next_slot.astype(np.int32),
         entry=entry,
         length=length.astype(np.int32),
         room=room.astype(np.int32),
-        next_slot=next_slot.astype(np.int32),
         width=width,
         tile=tile,
         free=lists.end.copy(),

@@ -190,6 +190,22 @@ def test_a_tail_grows_with_the_temperature_of_its_node() -> None:
         check(work, segments_of(longer, temperature, weight), 40)
 
 
+@pytest.mark.parametrize(("length", "opened"), [(5, 0), (12, 0), (13, 1)])
+def test_a_tail_goes_on_in_its_last_entry(length: int, opened: int) -> None:
+    # Entries are a block wide, and the tail begins inside of one.
+    nodes = [Node(-1, 256), Node(0, length, offset=3)]
+    forest, num_blocks = build_forest(16, nodes, [(1, 1)])
+    segments = segments_of(forest)
+    work = TritonWork(problem_of(), segments, 1, shape=SHAPE)
+    (units,) = work.schedule.units
+    assert units.log2_width[0] == 4
+    end = int(units.entry_end[: int(units.size)].max())
+    slots = np.array([16 * int(forest.blocks[-1]) + 3 + length])
+    work.advance(slots)
+    check(work, grown(segments, [slots]), num_blocks + 1)
+    assert int(units.entry_end[: int(units.size)].max()) == end + opened
+
+
 def test_tails_where_nothing_is_read_by_lean_tiles() -> None:
     # Two sequences end with the shared node, and a window of 1 leaves them no other token.
     forest, num_blocks = build_forest(4, [Node(-1, 6)], [(0, 1), (0, 1)])

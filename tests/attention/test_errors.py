@@ -55,6 +55,21 @@ BAD_FORESTS: dict[str, tuple[Callable[[Forest], dict[str, Any]], str]] = {
         lambda f: {"block_ptr": changed(f.block_ptr, 1, 1)},
         r"node 0 has 1 blocks, expected 2",
     ),
+    "a block too many": (
+        lambda f: {
+            "block_ptr": changed(f.block_ptr, 3, 6),
+            "blocks": np.append(f.blocks, np.int32(1)),
+        },
+        r"node 2 has 2 blocks, expected 1",
+    ),
+    "an offset of a whole block, and a block for it": (
+        lambda f: {
+            "offset": changed(f.offset, 2, 4),
+            "block_ptr": changed(f.block_ptr, 3, 6),
+            "blocks": np.append(f.blocks, np.int32(1)),
+        },
+        r"offset\[2\] is 4, expected from 0 to below the block size 4",
+    ),
     "blocks that do not begin at 0": (
         lambda f: {"block_ptr": changed(f.block_ptr, 0, 1)},
         r"block_ptr\[0\] is 1, expected 0",

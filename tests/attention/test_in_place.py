@@ -49,3 +49,16 @@ def test_what_fills_a_call_is_read_in_place(
     assert all(isinstance(group.kv, InPlace) == in_place for group in found)
     assert sum(group.size * group.queries for group in found) == num_sequences
     assert_as_good_as_flat(case, tensors(case))
+
+
+def test_items_with_a_mask_share_no_call_with_those_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Four queries each on two nodes of 8 tokens: those below the one see all of it.
+    monkeypatch.setattr(batches, "WORTH_A_CALL", 0)
+    nodes = [Node(-1, 8), Node(-1, 8), *(Node(0, 1) for _ in range(4))]
+    for first, second in ((0, 1), (1, 0)):
+        nodes[2:] = [Node(first, 1)] * 4
+        leaves = [(second, 4), *((leaf, 1) for leaf in range(2, 6))]
+        case = Case(*build_forest(8, nodes, leaves))
+        assert_as_good_as_flat(case, tensors(case))

@@ -117,6 +117,16 @@ def test_short_rows_share_tiles_if_there_are_many_and_not_if_there_are_few() -> 
     assert [len(lanes) for lanes in lanes_of(few)] == [8]
 
 
+def test_a_long_row_among_short_ones_has_a_tile_of_its_own() -> None:
+    lengths = [32] * 1024
+    lengths[501] = 5000
+    work = TritonWork(problem_of(32, 8), segments_of(level_forest([lengths])[0]))
+    (units,) = work.schedule.units
+    begin, end = (column[: int(units.size)] for column in (units.row_begin, units.row_end))
+    assert set((end - begin)[(begin <= 501) & (end > 501)].tolist()) == {1}
+    assert (end - begin).max() == 4
+
+
 def test_tiles_of_a_prompt_share_one_list() -> None:
     forest, _ = build_forest(16, [Node(-1, 3008), Node(0, 5184)], [(1, 8192)])
     work = TritonWork(problem_of(32, 8), segments_of(forest))

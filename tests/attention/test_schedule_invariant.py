@@ -1,5 +1,6 @@
 """Batch-invariant schedules: a sequence's order of additions depends on nothing else planned."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import Forest
-from attention.errors import PlanMismatch
+from attention.errors import PlanFull, PlanMismatch
 from attention.segments import segments_of
 from attention.triton_backend.planner import Shape
 from attention.triton_backend.work import TritonWork
@@ -122,6 +123,22 @@ def test_every_query_sees_what_it_should(
 ) -> None:
     work = invariant_work(source[0], window, sink_tokens, lean_rows, block_n)
     check(work, segments_of(source[0]), source[1])
+
+
+@settings(max_examples=40)
+@given(forests(), forests(), windows, sinks, tiles, block_ns)
+def test_updating_leaves_nothing_of_what_was_there(
+    before: tuple[Forest, int],
+    after: tuple[Forest, int],
+    window: int | None,
+    sink_tokens: int,
+    lean_rows: int,
+    block_n: int,
+) -> None:
+    work = invariant_work(before[0], window, sink_tokens, lean_rows, block_n)
+    with contextlib.suppress(PlanFull):
+        work.update(segments_of(after[0]))
+        check(work, segments_of(after[0]), after[1])
 
 
 def test_wide_entries_where_positions_and_slots_agree() -> None:

@@ -55,8 +55,9 @@ BAD_FORESTS: dict[str, tuple[Callable[[Forest], dict[str, Any]], str]] = {
         lambda f: {"block_ptr": changed(f.block_ptr, 1, 1)},
         r"node 0 has 1 blocks, expected 2",
     ),
-    "a block too many": (
+    "a block behind a full one": (
         lambda f: {
+            "length": changed(f.length, 2, 4),
             "block_ptr": changed(f.block_ptr, 3, 6),
             "blocks": np.append(f.blocks, np.int32(1)),
         },

@@ -5,6 +5,7 @@ its last query, so that it reads only what the item reads anyway; a mask hides t
 rows are dropped.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from attention.forest import Int64Array
 from attention.problem import Problem
+from attention.ranges import expand
 from attention.segments import FloatArray, Segments
 from attention.torch_backend.batches import Batches, Gathers, Views
 from attention.torch_backend.items import BoolArray, WorkItems
@@ -171,7 +173,7 @@ def _groups(
 ) -> list[Group]:
     items, lead = batches.items, batches.begin
     first_row = query.take(items.row_begin)
-    consecutive = _consecutive(batches, first_row, query.take(items.row_end - 1) + 1)
+    scattered = ~_consecutive(batches, first_row, query.take(items.row_end - 1) + 1)
     first_position = segments.start.take(items.segment) + items.kv_begin
     positions = torch.from_numpy(first_position).to(problem.device)
     temperature: FloatArray = np.ones(len(lead))
@@ -182,49 +184,66 @@ def _groups(
         each = torch.from_numpy(segments.log_weight.take(items.segment))
         log_weight = each.to(problem.device, problem.precision)
 
-    columns = *batches[1:], first_row.take(lead), temperature
+    columns = *batches[1:], first_row.take(lead), scattered, temperature
+    indices = iter(_query_indices(problem, query, batches, scattered))
     groups = []
-    for where, first, size, queries, tokens, first_query, divisor in zip(
+    for where, first, size, queries, tokens, first_query, apart, divisor in zip(
         kv, *(column.tolist() for column in columns), strict=True
     ):
         weight = None if log_weight is None else log_weight[first : first + size]
+        in_range, index = (None, next(indices)) if apart else (first_query, None)
         groups.append(
-            Group(size, queries, tokens, where, positions, first, divisor, weight, first_query)
+            Group(size, queries, tokens, where, positions, first, divisor, weight, in_range, index)
         )
+
     masked = items.masked.take(lead)
     ragged = np.minimum.reduceat(items.kv_len, lead) < batches.tokens
-    for index in (masked | ragged | ~consecutive).nonzero()[0].tolist():
+    padded = np.minimum.reduceat(items.num_rows, lead) < batches.queries
+    for index in (masked | ragged | padded).nonzero()[0].tolist():
         group = groups[index]
         some = items.take(np.arange(group.first, group.first + group.size))
         if ragged[index] and not masked[index]:
             seen = np.arange(group.tokens) < some.kv_len[:, None]
             group = group._replace(mask=additive(problem, seen[:, None]))
-        if not consecutive[index]:
-            group = group._replace(first_query=None)
-        if masked[index] or not consecutive[index]:
+        if masked[index] or padded[index]:
             group = _with_rows(problem, segments, query, some, group)
         groups[index] = group
     return groups
 
 
+def _query_indices(
+    problem: Problem, query: Int64Array, batches: Batches, chosen: BoolArray
+) -> Sequence[torch.Tensor]:
+    """The padded queries of each of the chosen batches."""
+    if not np.count_nonzero(chosen):
+        return ()
+    of_items, items = chosen.repeat(batches.size), batches.items
+    begin, end = items.row_begin[of_items], items.row_end[of_items]
+    item, ordinal = expand(batches.queries.repeat(batches.size)[of_items])
+    row = np.minimum(begin.take(item) + ordinal, end.take(item) - 1)
+    indices: tuple[torch.Tensor, ...] = (
+        torch.from_numpy(query.take(row))
+        .to(problem.device)
+        .split((batches.size * batches.queries)[chosen].tolist())
+    )
+    return indices
+
+
 def _with_rows(
     problem: Problem, segments: Segments, query: Int64Array, items: WorkItems, group: Group
 ) -> Group:
-    """The group with the indices of its padded queries and, where it needs one, its mask."""
+    """The group with the rows that are kept of it and, where it needs one, its mask."""
     row = items.row_begin[:, None] + np.arange(group.queries)
     kept = row < items.row_end[:, None]
     row = np.minimum(row, items.row_end[:, None] - 1)
-    query = query[row]
     if items.masked[0]:
         seen = _seen(problem, segments, items, row, group.tokens)
         group = group._replace(mask=additive(problem, seen))
         kept &= seen.any(axis=2)
-    if group.first_query is None:
-        group = group._replace(query_index=torch.from_numpy(query.ravel()).to(problem.device))
     if not kept.all():
         group = group._replace(
             rows=torch.from_numpy(np.flatnonzero(kept)).to(problem.device),
-            targets=torch.from_numpy(query[kept]).to(problem.device),
+            targets=torch.from_numpy(query[row[kept]]).to(problem.device),
         )
     return group
 

@@ -191,9 +191,9 @@ def _groups(
         kv, *(column.tolist() for column in columns), strict=True
     ):
         weight = None if log_weight is None else log_weight[first : first + size]
-        in_range, index = (None, next(indices)) if apart else (first_query, None)
+        which = (None, next(indices)) if apart else (first_query, None)
         groups.append(
-            Group(size, queries, tokens, where, positions, first, divisor, weight, in_range, index)
+            Group(size, queries, tokens, where, positions, first, divisor, weight, *which)
         )
 
     masked = items.masked.take(lead)

@@ -184,18 +184,24 @@ def _are_nodes(nodes: NodeArrays, num_blocks: int | None) -> bool:
     left -= nodes.length
     if not _is_below(block_size, left) or not _is_below(block_size, offset):
         return False
-    limit = 1 << 8 * nodes.blocks.itemsize - 1 if num_blocks is None else num_blocks
+    limit = 1 << 63 if num_blocks is None else num_blocks
     return bool(nodes.length.min() >= 1) and _is_below(limit, nodes.blocks)
 
 
 def _is_below(bound: int, values: npt.NDArray[np.signedinteger]) -> bool:
-    """Whether all of (one or more) values are from 0 to below a bound; in one pass."""
-    # Negative ones are more than any bound without their sign.
-    unsigned = values.view(_UNSIGNED[values.itemsize])
-    return bool(np.maximum.reduce(unsigned) < bound)
+    """Whether all of (one or more) values are from 0 to below a bound; in one pass.
+
+    False also for values in another byte order than the machine's.
+    """
+    unsigned = _UNSIGNED.get(values.dtype)
+    if unsigned is None:
+        return False
+    # Without their sign, negative values are more than any of the others.
+    bound = min(bound, 1 << 8 * values.itemsize - 1)
+    return bool(np.maximum.reduce(values.view(unsigned)) < bound)
 
 
-_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+_UNSIGNED = {np.dtype(f"i{size}"): np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 def check_shape(name: str, array: npt.NDArray[Any], size: int) -> None:

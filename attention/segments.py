@@ -104,7 +104,7 @@ def _of_forest(
     # Who has no parent finds the entry behind the last node.
     parent = np.append(place, -1).take(forest.parent.take(node))
     return Segments(
-        block_size=forest.block_size,
+        block_size=int(forest.block_size),
         blocks=forest.blocks,
         num_queries=len(order.packed),
         on_paths=True,
@@ -112,10 +112,10 @@ def _of_forest(
         position=order.position,
         run_end=order.sequence_end,
         node=node,
-        start=forest.start.take(node),
-        length=forest.length.take(node),
-        offset=forest.offset.take(node).astype(np.int64),
-        first_block=forest.block_ptr.take(node),
+        start=forest.start.take(node).astype(np.int64, copy=False),
+        length=forest.length.take(node).astype(np.int64, copy=False),
+        offset=forest.offset.take(node).astype(np.int64, copy=False),
+        first_block=forest.block_ptr.take(node).astype(np.int64, copy=False),
         row_begin=begin,
         row_end=end,
         round=depth,
@@ -145,7 +145,7 @@ def _of_sets(
     segment_end = np.cumsum(np.bincount(segment))
     row_end = run_end[segment_end - 1]
     return Segments(
-        block_size=sets.block_size,
+        block_size=int(sets.block_size),
         blocks=sets.blocks,
         num_queries=sets.num_queries,
         on_paths=False,
@@ -154,9 +154,9 @@ def _of_sets(
         run_end=run_end,
         node=node,
         start=start,
-        length=sets.length[node],
-        offset=sets.offset[node].astype(np.int64),
-        first_block=sets.block_ptr[node],
+        length=sets.length[node].astype(np.int64, copy=False),
+        offset=sets.offset[node].astype(np.int64, copy=False),
+        first_block=sets.block_ptr[node].astype(np.int64, copy=False),
         row_begin=np.append(0, row_end[:-1]),
         row_end=row_end,
         round=_rounds(of, segment_end, len(members)),

@@ -152,7 +152,7 @@ def _shifted(group: Group, layer: Layer, lse: torch.Tensor) -> torch.Tensor:
     if layer.slopes is not None:
         index = group.query_index
         position = layer.position[_query_range(group) if index is None else index]
-        first = group.positions[group.first : group.first + group.size]
+        first = group.positions[group.item : group.item + group.size]
         end = (first + group.tokens).repeat_interleave(group.queries)
         lse = lse - layer.slopes * (position - end)[:, None, None]
     return lse

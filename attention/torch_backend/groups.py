@@ -75,8 +75,8 @@ class Group(NamedTuple):
     Attributes:
         size, queries, tokens: the padded shape.
         kv: where the tokens lie.
-        positions, first: int64, position of each item's first token; those of the group begin at
-            `first`.
+        positions: int64, position of each item's first token, this and other groups'.
+        item: where the group's items begin in `positions`.
         temperature: what logits are divided by.
         log_weight: [size], added to the logits of each item; None for 0.
         first_query: first query, if the group's are consecutive and unpadded.
@@ -91,7 +91,7 @@ class Group(NamedTuple):
     tokens: int
     kv: InPlace | Gathered
     positions: torch.Tensor
-    first: int
+    item: int
     temperature: float
     log_weight: torch.Tensor | None
     first_query: int | None = None
@@ -187,27 +187,27 @@ def _groups(
     columns = *batches[1:], first_row.take(lead), scattered, temperature
     indices = iter(_query_indices(problem, query, batches, scattered))
     groups = []
-    for where, first, size, queries, tokens, first_query, apart, divisor in zip(
+    for where, item, size, queries, tokens, first_query, apart, divisor in zip(
         kv, *(column.tolist() for column in columns), strict=True
     ):
-        weight = None if log_weight is None else log_weight[first : first + size]
-        which = (None, next(indices)) if apart else (first_query, None)
+        weight = None if log_weight is None else log_weight[item : item + size]
+        in_range, index = (None, next(indices)) if apart else (first_query, None)
         groups.append(
-            Group(size, queries, tokens, where, positions, first, divisor, weight, *which)
+            Group(size, queries, tokens, where, positions, item, divisor, weight, in_range, index)
         )
 
     masked = items.masked.take(lead)
     ragged = np.minimum.reduceat(items.kv_len, lead) < batches.tokens
     padded = np.minimum.reduceat(items.num_rows, lead) < batches.queries
-    for index in (masked | ragged | padded).nonzero()[0].tolist():
-        group = groups[index]
-        some = items.take(np.arange(group.first, group.first + group.size))
-        if ragged[index] and not masked[index]:
+    for batch in (masked | ragged | padded).nonzero()[0].tolist():
+        group = groups[batch]
+        some = items.take(np.arange(group.item, group.item + group.size))
+        if ragged[batch] and not masked[batch]:
             seen = np.arange(group.tokens) < some.kv_len[:, None]
             group = group._replace(mask=additive(problem, seen[:, None]))
-        if masked[index] or padded[index]:
+        if masked[batch] or padded[batch]:
             group = _with_rows(problem, segments, query, some, group)
-        groups[index] = group
+        groups[batch] = group
     return groups
 
 

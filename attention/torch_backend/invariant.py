@@ -187,7 +187,7 @@ def _group(
         tokens=CHUNK,
         kv=Gathered(tensor(ids), 1, None, {}),
         positions=tensor(first),
-        first=0,
+        item=0,
         temperature=1.0
         if segments.temperature is None
         else float(segments.temperature[segment[0]]),

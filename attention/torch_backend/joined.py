@@ -24,7 +24,7 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
     O(segments), and for those that are joined O(their blocks * their depth).
     """
     parent, length = segments.parent, segments.length
-    # What is read in place by itself is left alone.
+    # What is long enough to be read in place by itself is left alone.
     short = length < -(-WORTH_A_CALL // problem.token_bytes)
     below = _children(parent, short)
     below = below[short.take(below)] if len(below) else below

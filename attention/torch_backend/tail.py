@@ -114,7 +114,7 @@ class Tail:
                     tokens=tokens,
                     kv=Gathered(ids[of], 1, None, {}),
                     positions=part.positions,
-                    first=begin,
+                    item=begin,
                     temperature=part.temperature,
                     log_weight=None if weight is None else weight[of],
                     first_query=begin if part.rows is None else None,

@@ -48,6 +48,8 @@ class TorchWork:
         """
         if segments.on_paths and not self.problem.batch_invariant:
             segments = join_short(self.problem, segments)
+        if self._reserve and self.problem.window is not None:
+            segments = _with_own_blocks(segments)  # they are read again by `advance`
         self._tail = Tail(self.problem, segments, self._reserve)
         self.segments = segments
         self._plan(segments)
@@ -74,7 +76,8 @@ class TorchWork:
         self.groups, self._made = _grouped(problem, as_read, self.items, query)
         # Distances are counted in the order of the tokens: for slopes, which no plan knows of.
         self._in_order = self.groups if as_read is segments else None
-        self._unturned = segments, items, query
+        if self._in_order is None:
+            self._unturned = _with_own_blocks(segments), items, query
 
     def advance(self, slots: npt.NDArray[Any] | torch.Tensor) -> None:
         """Let every sequence grow by one token, and its query move on to it.
@@ -135,6 +138,11 @@ class TorchWork:
             kv_tokens_loaded=loaded,
             partials=0,
         )
+
+
+def _with_own_blocks(segments: Segments) -> Segments:
+    """The segments, whatever the caller does to his array of blocks."""
+    return segments._replace(blocks=segments.blocks.copy())
 
 
 def _grouped(

@@ -39,7 +39,7 @@ class PieceColumns(NamedTuple):
 
 
 class EntryColumns(NamedTuple):
-    """Columns as in `units.Entries`, int32 and float32 [E].
+    """Columns as in `units.Entries`, float32 or integers as wide as the block ids, [E].
 
     Attributes:
         place: int64 [E], their places in these.

@@ -32,7 +32,7 @@ class Growth:
         self._block_size = segments.block_size
         self._query = segments.query
         places = place_tails(segments, plan.pieces, plan.tails)
-        # Counted in 32 bits, as in the columns, into which most of it goes at every step.
+        # What goes into the columns at every step is counted in 32 bits, as they do.
         self._next_slot, self._entry, self._length, self._room, *rest = places
         self._width, self._tile, self._free, self._unit = rest
         self._position = segments.position.astype(np.int32)

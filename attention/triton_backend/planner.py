@@ -10,7 +10,7 @@ from attention.ranges import expand
 from attention.segments import Segments
 from attention.triton_backend.cost import Costs
 from attention.triton_backend.lists import Pieces, TileLists, is_all_seen, tile_lists
-from attention.triton_backend.tails import Tails, with_tails
+from attention.triton_backend.tails import Tails, last_blocks, with_tails
 from attention.triton_backend.tiling import Tiling, make_tilings
 
 # Lists are cut for balance into parts of no fewer lanes; all but the last are whole steps long.
@@ -126,6 +126,7 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
     if tail is not None:
         tails = Tails(
             segment=tail,
+            block=last_blocks(segments, tail),
             rows=Tiling(tiles.begin[num_fat:], tiles.end[num_fat:]),
             lists=lists.behind(num_fat),
             parts=parts[num_fat:],

@@ -16,12 +16,14 @@ class Tails(NamedTuple):
 
     Attributes:
         segment: int64 [R], the tail's segment.
+        block: int [R], id of the block of its last token; anything where it has no token yet.
         rows, lists: of the tiles.
         parts: int64 [T], units of each tile.
-        order: int64 [U], units in the order in which they are run, by their order by tile.
+        order: int64 [U], for each unit in the order of running, its number in that of the tiles.
     """
 
     segment: Int64Array
+    block: Int32Array
     rows: Tiling
     lists: TileLists
     parts: Int64Array
@@ -33,13 +35,15 @@ class TailPlaces(NamedTuple):
 
     Attributes:
         next_slot: int32 [R], slot behind the tail's last token, -1 if it has none yet.
-        entry: int64 [R], entry of that token; of no meaning where there is none, as what follows.
+        entry: int64 [R], entry of that token.
         length: int32 [R], tokens of that entry.
         room: int32 [R], tokens that it still takes, in its block.
         width: int64 [R], most tokens of an entry.
         tile: int64 [R], tile of the row.
         free: int64 [T], first entry behind each tile's list.
         unit: int64 [T], the tile's last unit, which reads on into them.
+
+    Entry, length and room mean nothing where there is no token yet.
     """
 
     next_slot: Int32Array
@@ -91,6 +95,15 @@ def with_tails(segments: Segments) -> tuple[Segments, Int64Array]:
     return longer, tail
 
 
+def last_blocks(segments: Segments, tail: Int64Array) -> Int32Array:
+    """The block of each tail's last token. Block ids are the caller's, who may reuse the array."""
+    last = segments.offset.take(tail) + segments.length.take(tail)
+    last -= 1
+    last //= segments.block_size
+    last += segments.first_block.take(tail)
+    return segments.blocks.take(last)
+
+
 def place_tails(segments: Segments, pieces: Pieces, tails: Tails) -> TailPlaces:
     """Find the tails of all rows in the lists of their tiles; segments as from `with_tails`."""
     size, of, lists = segments.block_size, tails.segment, tails.lists
@@ -102,17 +115,16 @@ def place_tails(segments: Segments, pieces: Pieces, tails: Tails) -> TailPlaces:
 
     tile = np.arange(len(tails.parts)).repeat(tails.rows.end - tails.rows.begin)
     width = 1 << lists.log2_width.take(tile)
-    entry = pieces.entry.take(piece) + pieces.entries.take(piece)
+    # Tails without a piece find what stands behind the last one.
+    entry = np.append(pieces.entry + pieces.entries, 0).take(piece)
     entry -= 1
     # Where the last token is, from the begin of its segment's first block.
     place = segments.offset.take(of) + segments.length.take(of)
     place -= 1
-    ordinal = place // size
-    block = segments.blocks.take(segments.first_block.take(of) + ordinal)
-    inside = place - ordinal * size
-    next_slot = block.astype(np.int64) * size + inside
+    inside = place % size
+    next_slot = tails.block.astype(np.int64) * size + inside
     next_slot += 1
-    length = np.minimum((place & width - 1) + 1, pieces.length.take(piece))
+    length = np.minimum((place & width - 1) + 1, np.append(pieces.length, 0).take(piece))
     room = np.minimum(width - length, size - 1 - inside)
     next_slot[piece < 0] = -1  # without an entry, they begin one
 

@@ -292,7 +292,8 @@ def _roots(segments: Segments) -> Int64Array:
     if segments.on_paths:
         roots: Int64Array = (segments.start == 0).nonzero()[0]
         return roots
-    return np.arange(len(segments.length))
+    # Empty are the tails of rows that grow, each below the segment that its row has.
+    return (segments.length > 0).nonzero()[0]
 
 
 def _cut(

@@ -38,6 +38,8 @@ from attention.triton_backend.units import Entries, Merges, Rows, Schedule, Unit
 
 # Programs of the segment kernel that run on a multiprocessor at once.
 OCCUPANCY = 2
+# From one size to the next: kernels are compiled for arguments that begin at 16 bytes.
+_APART = 4
 
 Columned = UnitColumns | MergeColumns | PieceColumns | EntryColumns
 
@@ -100,7 +102,6 @@ class TritonWork:
         self._shape = shape_of(problem) if shape is None else shape
         self._segments = segments
         self._made = plan = self._plan(segments)
-        # Made when a row first grows: many plans of a busy engine do not live to see that.
         self._growth: Growth | None = None
         self._columns = _make_columns(problem, plan)
         self._kinds = tuple(plan.units)
@@ -197,6 +198,7 @@ class TritonWork:
             PlanMismatch: slots are no S integers of at least 0.
             PlanExhausted: the work has been advanced `reserve` times. It is left as it was.
         """
+        # Not before a row grows: many plans of a busy engine do not live to see that.
         if self._growth is None and self._made.tails is not None:
             units = _units(self._shape.lean_rows)
             self._growth = Growth(self._made, units, self._reserve)
@@ -235,7 +237,8 @@ class TritonWork:
             units = plan.units.get(kind)
             values |= {} if units is None else _named(_units(kind), units)
             sizes.append(0 if units is None else len(units.ordinal))
-        values["sizes"] = np.array([*sizes, len(plan.merges.query)])
+        values["sizes"] = apart = np.zeros((len(sizes) + 1) * _APART, np.int32)
+        apart[::_APART] = [*sizes, len(plan.merges.query)]
         pieces = piece_columns(segments, plan.pieces)
         columns.check(dict.fromkeys(_entry_names(segments), plan.num_entries))
         on_gpu = "pieces.entry" in columns
@@ -245,7 +248,7 @@ class TritonWork:
         if self.problem.batch_invariant:
             # No piece has the entries that are left empty between pieces.
             self.schedule.entries.length.zero_()
-        if on_gpu:
+        if on_gpu and len(pieces.entry):
             expand_on_device(
                 {
                     **{name: columns[f"pieces.{name}"] for name in PieceColumns._fields[:-2]},
@@ -258,7 +261,7 @@ class TritonWork:
                 self.schedule.entries,
                 plan.num_entries,
             )
-        else:
+        elif not on_gpu:
             entries = expand_pieces(pieces, segments.blocks, segments.block_size)
             place, *_ = entries
             columns.patch(
@@ -281,7 +284,7 @@ def _make_columns(problem: Problem, plan: UnitPlan) -> Columns:
     staged.append(("merges", MergeColumns._fields, len(plan.merges.query)))
     if problem.device.type != "cpu":
         staged.append(("pieces", (*PieceColumns._fields[:-2], *weights), len(pieces.entry)))
-    capacity = {"sizes": len(plan.units) + 1}
+    capacity = {"sizes": (len(plan.units) + 1) * _APART}
     for prefix, names, size in staged:
         capacity |= dict.fromkeys([f"{prefix}.{name}" for name in names], _with_room(size))
     if problem.device.type != "cpu":
@@ -294,7 +297,8 @@ def _schedule(columns: Columns, kinds: tuple[int, ...], plan: UnitPlan) -> Sched
     def required(prefix: str, *names: str) -> dict[str, torch.Tensor]:
         return {name: columns[f"{prefix}.{name}"] for name in names}
 
-    *unit_sizes, num_merges = columns["sizes"][: len(kinds) + 1].split(1)
+    sizes = columns["sizes"]
+    *unit_sizes, num_merges = (sizes[_APART * i :][:1] for i in range(len(kinds) + 1))
     return Schedule(
         rows=Rows(**required("rows", *Rows._fields)),
         entries=Entries(

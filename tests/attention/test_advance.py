@@ -1,5 +1,8 @@
 """Plans that grow by a token a sequence, and plans that become others in the same tensors."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +100,64 @@ def test_advancing_is_planning_again(
     with pytest.raises(PlanExhausted, match=f"advanced {len(slots)} times"):
         work.advance(slots[-1])
     check(work, grown(segments, slots), num_blocks)
+
+
+@st.composite
+def set_growths(draw: st.DrawFn) -> tuple[Segments, int, list[np.ndarray]]:
+    """As `growths`, of sequences that have one node each, anywhere before their position."""
+    forest, num_blocks = draw(forests())
+    node = st.integers(0, len(forest.length) - 1)
+    nodes, starts = draw(st.lists(node, min_size=1, max_size=12)), st.sampled_from((0, 7))
+    members = [[(node, draw(starts))] for node in nodes]
+    ends = [start + int(forest.length[node]) for [(node, start)] in members]
+    positions = [end - 1 + draw(st.sampled_from((0, 3))) for end in ends]
+    segments = segments_of(sets_of(forest, members, positions, [1] * len(nodes)))
+    first = num_blocks * forest.block_size
+    slots = [first + np.arange(len(nodes)) * 4 + step for step in range(draw(st.integers(1, 4)))]
+    return segments, (first + 4 * len(nodes)) // forest.block_size + 1, slots
+
+
+@settings(max_examples=40)
+@given(set_growths(), windows, shapes())
+def test_advancing_sets_is_planning_again(
+    growth: tuple[Segments, int, list[np.ndarray]], window: int | None, shape: Shape
+) -> None:
+    segments, num_blocks, slots = growth
+    work = TritonWork(problem_of(window), segments, len(slots), shape=shape)
+    check(work, segments, num_blocks)
+    for step in range(len(slots)):
+        work.advance(slots[step])
+        check(work, grown(segments, slots[: step + 1]), num_blocks)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 30}, {"alibi_slopes": torch.tensor([0.5, 0.1])}]
+)
+def test_the_array_of_blocks_is_free_once_the_plan_is_made(
+    backend: str, options: dict[str, Any]
+) -> None:
+    # A long node whose blocks fall, and a tail that begins inside of a block.
+    forest, num_blocks = build_forest(16, [Node(-1, 1024), Node(0, 5, offset=3)], [(1, 1)])
+    forest.blocks[:64] = forest.blocks[:64][::-1].copy()
+    window, slopes = options.get("window"), options.get("alibi_slopes")
+    heads = {"num_q_heads": 2, "num_kv_heads": 2, "head_dim": 256}
+    plans = [
+        attention.plan(
+            source, backend=backend, reserve=2, window=window, dtype=torch.float32, **heads
+        )
+        for source in (forest, replace(forest, blocks=forest.blocks.copy()))
+    ]
+    forest.blocks[:] = num_blocks
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 256, generator=generator)
+    caches = torch.randn(2, num_blocks + 1, 16, 2, 256, generator=generator)
+    for slot in (16 * (num_blocks - 1) + 8, 16 * num_blocks):
+        for plan in plans:
+            plan.advance(np.array([slot]))
+        results = (attention.run(plan, q, *caches, alibi_slopes=slopes) for plan in plans)
+        for found, expected in zip(*results, strict=True):
+            assert torch.equal(found, expected)
 
 
 @settings(max_examples=40)

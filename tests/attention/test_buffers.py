@@ -10,9 +10,13 @@ import pytest
 import torch
 
 import attention
+from attention.segments import segments_of
 from attention.triton_backend import buffers, work
 from attention.triton_backend.buffers import Columns, scatter
-from tests.attention.strategies import Node, build_forest
+from attention.triton_backend.planner import Shape
+from attention.triton_backend.work import TritonWork
+from tests.attention.strategies import Node, build_forest, level_forest, sets_of
+from tests.attention.test_schedule import FAT, problem_of
 
 GPU = SimpleNamespace(device=SimpleNamespace(type="cuda"))
 
@@ -39,6 +43,38 @@ def test_a_patch_of_32_bits_overwrites_its_places() -> None:
     into = torch.zeros(6, dtype=torch.int32)
     scatter(into, torch.tensor([[4, 1], [7, -9]], dtype=torch.int32))
     assert into.tolist() == [0, -9, 0, 0, 7, 0]
+
+
+def test_columns_begin_where_kernels_expect_it() -> None:
+    lean_and_fat = Shape(4, 32, 16, 4, FAT)
+    forest, _ = level_forest([[256], [20] * 4, [5] * 64])
+    for shape in (None, lean_and_fat):
+        schedule = TritonWork(problem_of(), segments_of(forest), 2, shape=shape).schedule
+        columns = [*schedule.rows, *schedule.entries[:5], *schedule.merges]
+        columns += [column for units in schedule.units for column in units[:-1]]
+        base = min(column.data_ptr() for column in columns)
+        assert all((column.data_ptr() - base) % 16 == 0 for column in columns)
+        assert [units.size.numel() for units in schedule.units] == [1] * len(schedule.units)
+    assert len(schedule.units) == 2
+
+
+@pytest.mark.usefixtures("copied")
+def test_there_is_nothing_to_be_read_at_first() -> None:
+    forest, num_blocks = build_forest(4, [Node(-1, 6)], [(0, 1)])
+    behind = sets_of(forest, [[(0, 0)], [(0, 0)]], [100, 100], [1, 1])
+    heads = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 16, "dtype": torch.float32}
+    plans = [
+        attention.plan(behind, backend=name, reserve=2, window=2, **heads)
+        for name in ("triton", "torch")
+    ]
+    tensors = torch.randn(2, 2, 16), *torch.randn(2, num_blocks + 2, 4, 1, 16)
+    for step in range(3):
+        ours, expected = (attention.run(plan, *tensors) for plan in plans)
+        for result, wanted in zip(ours, expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
+        if step < 2:
+            for plan in plans:
+                plan.advance(4 * num_blocks + np.array([0, 4]) + step)
 
 
 @pytest.mark.usefixtures("copied")

@@ -11,6 +11,7 @@ import torch
 
 import attention
 from attention import Forest, InvalidForest, PlanMismatch
+from attention.segments import segments_of
 from tests.attention.strategies import Case, Node, Tensors, build_forest, tensors
 
 
@@ -112,6 +113,40 @@ def test_a_forest_that_contradicts_itself(forest: Forest, what: str) -> None:
         bad.validate()
     with pytest.raises(InvalidForest, match=message):
         plan_of(bad)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2", "<i4", ">i4", "i8"])
+@pytest.mark.parametrize("name", ["leaf", "offset", "blocks"])
+def test_a_negative_number_is_found_whatever_the_bound_and_the_type(name: str, dtype: str) -> None:
+    nodes = [Node(-1, 3), *(Node(0, 1) for _ in range(100))]
+    good, _ = build_forest(1 << 33, nodes, [(1, 1), (2, 1)])
+    good = replace(good, **{name: getattr(good, name).astype(dtype)})
+    good.validate(1 << 33)
+    for value in (-1, -2, np.iinfo(dtype).min):
+        bad = replace(good, **{name: changed(getattr(good, name), 1, value)})
+        with pytest.raises(InvalidForest, match=rf"{name}\[1\] is {value}, expected"):
+            bad.validate(1 << 33)
+
+
+def test_numbers_in_another_byte_order(forest: Forest) -> None:
+    leaf = forest.leaf.astype(">i4")
+    found, expected = (segments_of(f) for f in (replace(forest, leaf=leaf), forest))
+    assert found.query.tolist() == expected.query.tolist()
+    with pytest.raises(InvalidForest, match=r"leaf\[0\] is 16777216, expected a node"):
+        replace(forest, leaf=changed(leaf, 0, 1 << 24)).validate()
+
+
+def test_narrow_integers_are_planned_as_wide_ones(forest: Forest) -> None:
+    names = ("parent", "start", "length", "offset", "block_ptr", "blocks", "leaf", "query_len")
+    narrow = {name: getattr(forest, name).astype(np.int8) for name in names}
+    long = {"length": np.array([6, 5, 120]), "block_ptr": np.array([0, 2, 4, 34])}
+    forest = replace(forest, **long, blocks=np.arange(34, dtype=np.int32))
+    narrow |= {name: getattr(forest, name).astype(np.int8) for name in (*long, "blocks")}
+    found, expected = (segments_of(f) for f in (replace(forest, **narrow), forest))
+    for name in ("start", "length", "offset", "first_block"):
+        assert getattr(found, name).dtype == np.int64
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    plan_of(replace(forest, **narrow))
 
 
 def test_blocks_beyond_the_pool(forest: Forest) -> None:

@@ -152,7 +152,7 @@ def test_the_array_of_blocks_is_free_once_the_plan_is_made(
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 256, generator=generator)
     caches = torch.randn(2, num_blocks + 1, 16, 2, 256, generator=generator)
-    for slot in (16 * (num_blocks - 1) + 8, 16 * num_blocks):
+    for slot in (16 * num_blocks + 8, 16 * num_blocks + 9):
         for plan in plans:
             plan.advance(np.array([slot]))
         results = (attention.run(plan, q, *caches, alibi_slopes=slopes) for plan in plans)

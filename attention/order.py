@@ -15,7 +15,7 @@ class QueryOrder(NamedTuple):
         position: int64 [num_queries], position of each query in its path.
         sequence_end: int64 [S], end of each sequence's queries, sequences depth-first.
         node: int64 [N], the nodes in preorder, siblings in the order of their indices.
-        place: int64 [N], place of each node in `node`.
+        parent: int64 [N], place of each one's parent among them, -1 for roots.
         begin, end: int64 [N], the range of queries that belong to sequences through `node`.
         depth: int64 [N], number of ancestors of `node`.
     """
@@ -24,7 +24,7 @@ class QueryOrder(NamedTuple):
     position: Int64Array
     sequence_end: Int64Array
     node: Int64Array
-    place: Int64Array
+    parent: Int64Array
     begin: Int64Array
     end: Int64Array
     depth: Int64Array
@@ -35,7 +35,7 @@ def depth_first(forest: ForestArrays) -> QueryOrder:
 
     O(N log N + num_queries), without a Python loop over nodes or levels.
     """
-    place, size = _preorder(forest.parent)
+    place, size, above = _preorder(forest.parent)
     num_nodes = len(size)
     nodes = np.arange(num_nodes)
     node = np.empty_like(nodes)
@@ -59,15 +59,15 @@ def depth_first(forest: ForestArrays) -> QueryOrder:
         position=position,
         sequence_end=sequence_end,
         node=node,
-        place=place,
+        parent=above.take(node),
         begin=queries_before[:-1],
         end=queries_before.take(subtree_end),
         depth=nodes - ended[:-1],
     )
 
 
-def _preorder(parent_of: Int32Array) -> tuple[Int64Array, Int64Array]:
-    """Place of each node in preorder, and the number of nodes in its subtree.
+def _preorder(parent_of: Int32Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Place of each node in preorder, the size of its subtree, and its parent's place or -1.
 
     Sums over subtrees and over paths are taken by pointer doubling (Hillis and Steele 1986).
     """
@@ -98,7 +98,7 @@ def _preorder(parent_of: Int32Array) -> tuple[Int64Array, Int64Array]:
     for ancestor in ancestors:
         place += place.take(ancestor)
     place -= 1
-    return place[1:], size[1:]
+    return place[1:], size[1:], place.take(parent)[1:]
 
 
 def _sorted(keys: Int64Array, bound: int) -> Int64Array:

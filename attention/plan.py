@@ -141,7 +141,7 @@ class Plan:
 
         Host work as `attention.plan`; on a GPU in the order of the current stream.
         """
-        segments = _checked(source, temperature, log_weight, num_blocks)
+        segments, min_num_blocks = _checked(source, temperature, log_weight, num_blocks)
         if segments.block_size != self.block_size:
             raise PlanMismatch(
                 f"block_size is {segments.block_size}, expected that of the plan, {self.block_size}"
@@ -149,7 +149,7 @@ class Plan:
         self.work.update(segments, source, temperature, log_weight)
         self._become(
             num_queries=segments.num_queries,
-            min_num_blocks=_min_num_blocks(segments),
+            min_num_blocks=min_num_blocks,
             segments=segments,
         )
 
@@ -234,12 +234,12 @@ def plan(
         batch_invariant=batch_invariant,
     )
     chosen = choose(backend, problem)
-    segments = _checked(source, temperature, log_weight, num_blocks)
+    segments, min_num_blocks = _checked(source, temperature, log_weight, num_blocks)
     return Plan(
         problem=problem,
         num_queries=segments.num_queries,
         block_size=segments.block_size,
-        min_num_blocks=_min_num_blocks(segments),
+        min_num_blocks=min_num_blocks,
         segments=segments,
         work=_work(chosen, problem, source, segments, temperature, log_weight, reserve),
     )
@@ -250,18 +250,15 @@ def _checked(
     temperature: FloatArray | None,
     log_weight: FloatArray | None,
     num_blocks: int | None,
-) -> Segments:
+) -> tuple[Segments, int]:
+    """The segments, and how many blocks the caches must have for them."""
     segments = segments_of(source, temperature, log_weight)
-    needed = _min_num_blocks(segments)
+    needed = int(segments.blocks.max()) + 1
     if num_blocks is not None and needed > num_blocks:
         raise InvalidForest(
             f"blocks has the id {needed - 1}, expected ids from 0 to below {num_blocks}"
         )
-    return segments
-
-
-def _min_num_blocks(segments: Segments) -> int:
-    return int(segments.blocks.max()) + 1
+    return segments, needed
 
 
 def _there(device: torch.device | str) -> torch.device:

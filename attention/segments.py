@@ -96,13 +96,11 @@ def _of_forest(
 ) -> Segments:
     order = depth_first(forest)
     node, begin, end, depth = order.node, order.begin, order.end, order.depth
-    place = order.place
-    used = begin < end
+    parent, used = order.parent, begin < end
     if np.count_nonzero(used) < len(used):
         node, begin, end, depth = node[used], begin[used], end[used], depth[used]
-        place = (used.cumsum() - 1).take(place)
-    # Who has no parent finds the entry behind the last node.
-    parent = np.append(place, -1).take(forest.parent.take(node))
+        # Who has no parent finds the entry behind the last one.
+        parent = np.append(used.cumsum() - 1, -1).take(parent[used])
     return Segments(
         block_size=int(forest.block_size),
         blocks=forest.blocks,

@@ -118,10 +118,9 @@ def make_plan(problem: Problem, segments: Segments, shape: Shape, reserve: int =
         above[num_fat:] = partials[0].take(tiles.begin[num_fat:])
     units, order = _units(tiles, lists, parts, step, above, num_fat)
     partial, merges, num_partials = _merges(segments, partials.sum(axis=0))
-    units_of, num_units, num_fat_units = {}, 0, int(parts[:num_fat].sum())
-    for rows, of in kinds.items():
-        begin, num_units = num_units, num_units + int(parts[of].sum())
-        units_of[rows] = units.part(begin, num_units)
+    num_fat_units, num_units = int(parts[:num_fat].sum()), len(order)
+    bounds = {shape.fat_rows: (0, num_fat_units), shape.lean_rows: (num_fat_units, num_units)}
+    units_of = {rows: units.part(*bounds[rows]) for rows in kinds}
     tails = None
     if tail is not None:
         tails = Tails(

@@ -43,7 +43,8 @@ def assert_depth_first(forest: Forest) -> None:
     order = depth_first(forest)
     columns = order.node, order.begin, order.end, order.depth
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == nodes
-    assert order.place[order.node].tolist() == list(range(len(nodes)))
+    parents = [-1 if above < 0 else order.node[above] for above in order.parent]
+    assert parents == forest.parent[order.node].tolist()
     assert list(zip(order.packed.tolist(), order.position.tolist(), strict=True)) == queries
     lengths = np.diff(order.sequence_end, prepend=0)
     assert sorted(lengths.tolist()) == sorted(forest.query_len.tolist())

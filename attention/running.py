@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from attention.plan import Plan
 from attention.problem import Problem, lse_dtype
 
 
-@torch.no_grad()
 def run(
     plan: Plan,
     q: torch.Tensor,
@@ -58,11 +58,15 @@ def run(
     gradient. `torch.compile` sees one node, the operator prefixtree::run, into which plans go as
     tensors: another plan runs through the same graph.
     """
-    if torch.compiler.is_compiling():
-        return _operator(
-            plan.handle, q, k_cache, v_cache, scale, softcap, alibi_slopes, k_scale, v_scale
-        )
-    return _execute(plan, q, k_cache, v_cache, scale, softcap, alibi_slopes, k_scale, v_scale)
+    arguments = q, k_cache, v_cache, scale, softcap, alibi_slopes, k_scale, v_scale
+    # To leave a mode that is off already takes a few microseconds.
+    with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
+        if torch.compiler.is_compiling():
+            return _operator(plan.handle, *arguments)
+        return _execute(plan, *arguments)
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _execute(

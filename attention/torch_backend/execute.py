@@ -43,7 +43,7 @@ def layer_of(
     options: RunOptions,
 ) -> Layer:
     """Arguments as `attention.run` checks them; q and position in the order of the groups."""
-    q = q.reshape(len(q), problem.num_kv_heads, problem.group, problem.head_dim)
+    q = q.reshape(q.shape[0], problem.num_kv_heads, problem.group, problem.head_dim)
     scale = options.scale
     if options.k_scale is not None:
         if options.k_scale.numel() == 1 and options.k_scale.device.type == "cpu":
@@ -68,7 +68,11 @@ def execute(problem: Problem, groups: list[Group], layer: Layer) -> Partial:
     for group in groups:
         part = attend(group, layer)
         if total is None:
-            if group.first_query == 0 and len(part.o) == len(layer.q) and group.rows is None:
+            # `len` of a tensor takes as long as a small operation.
+            whole = group.first_query == 0 and part.o.shape[0] == layer.q.shape[0]
+            if whole and group.rows is None:
+                if len(groups) == 1:
+                    return part
                 total = Partial(part.o.contiguous(), part.lse.contiguous())
                 continue
             total = _nothing(problem, layer)
@@ -111,7 +115,7 @@ def attend(group: Group, layer: Layer) -> Partial:
     size, queries, q = group.size, group.queries, layer.q
     if group.query_index is not None:
         q = q.index_select(0, group.query_index)
-    elif size * queries < len(q):
+    elif size * queries < q.shape[0]:
         q = q[_query_range(group)]
     _, kv_heads, per_head, head_dim = q.shape
     if queries > 1:
@@ -127,7 +131,7 @@ def attend(group: Group, layer: Layer) -> Partial:
         rows = (size, kv_heads, queries, per_head)
         o = o.reshape(*rows, width).transpose(1, 2).flatten(0, 1)
         lse = lse.reshape(rows).transpose(1, 2).flatten(0, 1)
-    return Partial(o.to(lse.dtype), _shifted(group, layer, lse))
+    return Partial(o if o.dtype == lse.dtype else o.to(lse.dtype), _shifted(group, layer, lse))
 
 
 def _bias(group: Group, layer: Layer) -> Bias:

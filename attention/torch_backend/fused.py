@@ -24,7 +24,7 @@ def in_chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     run = all(x.stride(0) == tokens * x.stride(2) for x in (k, v))
     side_by_side = run and tokens % CHUNK == 0
     large = 2 * tokens * by_token * k.itemsize >= CHUNKED_BYTES
-    return large and (len(k) == 1 or side_by_side)
+    return large and (k.shape[0] == 1 or side_by_side)
 
 
 def chunked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, width: int, scale: float) -> Partial:

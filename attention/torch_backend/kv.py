@@ -69,7 +69,8 @@ def tokens_of(caches: Caches, group: Group) -> tuple[torch.Tensor, torch.Tensor]
 
 def _to_all(gathered: torch.Tensor, group: Group) -> torch.Tensor:
     """Where all items of a group read the same tokens, these are gathered once."""
-    return gathered if len(gathered) == group.size else gathered.expand(group.size, -1, -1, -1)
+    size = group.size
+    return gathered if gathered.shape[0] == size else gathered.expand(size, -1, -1, -1)
 
 
 def _view(cache: torch.Tensor, where: InPlace, size: int, tokens: int) -> torch.Tensor | None:
@@ -110,11 +111,11 @@ def _gather(
     rows = where.known.get(kind)
     if rows is None:
         rows = where.known[kind] = _rows(caches[0], where, tokens)
-    size, (_, _, heads, head_dim) = len(where.ids), shape
+    size, (_, _, heads, head_dim) = where.ids.shape[0], shape
     gathered = []
     for one, cache in enumerate(caches, number):
         source = cache.as_strided((rows.num_rows, rows.width), (rows.step, 1))
-        copy = scratch(one, len(rows.chosen), rows.width, source.dtype, source.device)
+        copy = scratch(one, rows.chosen.shape[0], rows.width, source.dtype, source.device)
         torch.index_select(source, 0, rows.chosen, out=copy)
         if rows.heads_together:
             if rows.blank is not None:

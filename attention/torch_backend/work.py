@@ -113,7 +113,9 @@ class TorchWork:
         o = total.o
         if options.v_scale is not None:
             o = o * options.v_scale.view(-1, 1, 1)
-        o, lse = o.flatten(1, 2).to(q.dtype), total.lse.flatten(1, 2)
+        o, lse = o.flatten(1, 2), total.lse.flatten(1, 2)
+        if o.dtype != q.dtype:
+            o = o.to(q.dtype)
         if index is None:
             return Partial(o, lse)
         return Partial(

@@ -359,3 +359,14 @@ def test_what_windows_and_sinks_leave_out_is_not_read(sink_tokens: int) -> None:
     out, lse = run(case, given)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("lengths", [[[40]], [[40] * 3], [[40], [5, 9]]])
+def test_results_are_contiguous(
+    lengths: list[list[int]], heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    case = Case(*level_forest(lengths), *heads, head_dim=64, dtype=dtype)
+    for result in run(case, tensors(case)):
+        assert result.is_contiguous()

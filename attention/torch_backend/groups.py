@@ -191,6 +191,7 @@ def _groups(
         kv, *(column.tolist() for column in columns), strict=True
     ):
         weight = None if log_weight is None else log_weight[item : item + size]
+        # By their places, as by name it takes more than twice as long.
         in_range, index = (None, next(indices)) if apart else (first_query, None)
         groups.append(
             Group(size, queries, tokens, where, positions, item, divisor, weight, in_range, index)

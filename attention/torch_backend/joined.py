@@ -26,8 +26,7 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
     parent, length = segments.parent, segments.length
     # What is long enough to be read in place by itself is left alone.
     short = length < -(-WORTH_A_CALL // problem.token_bytes)
-    below = _children(parent, short)
-    below = below[short.take(below)] if len(below) else below
+    (below,) = (short & short.take(parent) & (parent >= 0)).nonzero()
     if not len(below):
         return segments
     above = parent.take(below)
@@ -53,11 +52,6 @@ def join_short(problem: Problem, segments: Segments) -> Segments:
         joined = joins.take(above)
         length[level[joined]] += length[above[joined]]
     return _without(segments, joins, length)
-
-
-def _children(parent: Int64Array, chosen: BoolArray) -> Int64Array:
-    below: Int64Array = (chosen.take(parent) & (parent >= 0)).nonzero()[0]
-    return below
 
 
 def _follows(segments: Segments, below: Int64Array, above: Int64Array) -> BoolArray:

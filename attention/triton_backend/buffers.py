@@ -61,10 +61,9 @@ class Columns:
         self.check({name: len(values) for name, values in columns.items()})
         if self._uploaded is not None:
             self._uploaded.synchronize()
-        array = self._array
         for name, values in columns.items():
             begin = self._begin[name]
-            array[begin : begin + len(values)] = _as_int32(values)
+            self._array[begin : begin + len(values)] = _as_int32(values)
         if self._host is not self._tensor:
             self._tensor[: self._staged].copy_(self._host, non_blocking=True)
             # The stream of the copy: that of the tensor's device, which may not be the current one.

@@ -71,12 +71,13 @@ class Timings:
         return Row(operation, size, unit, {k: median(v) for k, v in taken.items()}, rounds)
 
     def summary(self, step: str) -> dict[str, dict[str, float]]:
-        """By cache: how often the step came up, its mean, its median and its total, in us."""
+        """By name: how often the step came up, its mean, median, least and total, in us."""
         return {
             name: {
                 "count": len(times),
                 "mean_us": mean(times),
                 "median_us": median(times),
+                "least_us": min(times),
                 "total_us": sum(times),
             }
             for (which, name), times in self._taken.items()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +15,12 @@ from tqdm import tqdm
 import attention
 from attention.backends import device_lacks
 from attention.forest import ForestArrays
+from attention.plan import Plan
 from attention.problem import Problem
 from attention.segments import segments_of
 from attention.torch_backend import TorchWork
-from attention.triton_backend.planner import make_plan
-from attention.triton_backend.work import shape_of
 from prefixtree.bench import attention_report
-from prefixtree.bench.measure import Rounds, in_turn
+from prefixtree.bench.measure import Rounds, Timings, in_turn
 from prefixtree.bench.report import aligned, machine
 from prefixtree.bench.trees import forest_of, level_tree
 from prefixtree.bench.usable import require_writable, write_figures
@@ -38,24 +36,8 @@ TREES = {
 }
 
 Step = tuple[str, Callable[[], object]]
-
-
-class Taken(NamedTuple):
-    """Microseconds of one step on one forest, each time that it was taken."""
-
-    step: str
-    forest: str
-    times: list[float]
-
-    def record(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return {
-            "step": self.step,
-            "forest": self.forest,
-            "median_us": median(self.times),
-            "least_us": min(self.times),
-            "rounds": len(self.times),
-        }
+Summaries = dict[str, dict[str, dict[str, float]]]
+"""Step, forest, and then what `Timings.summary` says."""
 
 
 def measure_planning(
@@ -65,7 +47,7 @@ def measure_planning(
     rounds: Rounds,
     clock_name: str,
     json_file: Path | None,
-) -> list[Taken]:
+) -> Summaries:
     """Measures every step on every forest, prints a table, writes the file asked for.
 
     Raises UnusableInput for a file that cannot be written.
@@ -78,11 +60,18 @@ def measure_planning(
         f"{Q_HEADS}/{KV_HEADS}, d {HEAD_DIM}, {RESERVE} tokens in reserve.",
         flush=True,
     )
-    taken: list[Taken] = []
+    timings, steps = Timings(rounds.clock), dict[str, None]()
     for name, tree in tqdm(TREES.items(), unit=" forests", leave=False):
         forest, _ = forest_of(tree, block_size=BLOCK_SIZE)
-        taken += measure_forest(name, forest, device, dtype, rounds)
-    print(table(taken))
+        kinds = steps_for(forest, device, dtype)
+        for step, call in chain.from_iterable(kinds):
+            steps[step] = None
+            call()  # the first time takes longer
+        for number in rounds:
+            for step, call in chain.from_iterable(in_turn(kinds, number)):
+                timings.time(step, name, call)
+    summaries = {step: timings.summary(step) for step in steps}
+    print(table(summaries))
     planned = {
         "clock": clock_name,
         "block_size": BLOCK_SIZE,
@@ -90,100 +79,62 @@ def measure_planning(
         "head_dim": HEAD_DIM,
         "reserve": RESERVE,
     }
-    steps = [one.record() for one in taken]
-    write_figures(json_file, {**machine(), **setting, **planned, "steps": steps})
-    return taken
+    write_figures(json_file, {**machine(), **setting, **planned, "steps": summaries})
+    return summaries
 
 
-def measure_forest(
-    name: str, forest: ForestArrays, device: torch.device, dtype: torch.dtype, rounds: Rounds
-) -> list[Taken]:
-    """The steps of every backend there is, in turn."""
-    backends = ["torch"]
-    if device_lacks(device) is None:
-        backends.append("triton")
-    kinds: list[Parts | Plans] = [
-        Parts(forest, device, dtype),
-        *(Plans(forest, device, dtype, b) for b in backends),
-    ]
-    for kind in kinds:  # what is called for the first time takes longer
-        for _, call in kind.steps():
-            call()
-    times: defaultdict[str, list[float]] = defaultdict(list)
-    for number in rounds:
-        for kind in in_turn(kinds, number):
-            for step, call in kind.steps():
-                begin = rounds.clock()
-                call()
-                times[step].append((rounds.clock() - begin) / 1000)
-    return [Taken(step, name, all_times) for step, all_times in times.items()]
+def steps_for(forest: ForestArrays, device: torch.device, dtype: torch.dtype) -> list[list[Step]]:
+    """The parts of plans, and whole ones of each backend there is."""
+    make = partial(
+        attention.plan,
+        forest,
+        num_q_heads=Q_HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=dtype,
+        device=device,
+        reserve=RESERVE,
+    )
+    backends = ["torch"] + (["triton"] if device_lacks(device) is None else [])
+    plans = [plan_steps(forest, backend, partial(make, backend=backend)) for backend in backends]
+    return [part_steps(forest, make(backend="torch").problem), *plans]
 
 
-class Parts:
+def part_steps(forest: ForestArrays, problem: Problem) -> list[Step]:
     """From the forest's arrays to work items, without the tensors that are made of them."""
+    segments = segments_of(forest)
+    steps: list[Step] = [
+        ("order and segments", partial(segments_of, forest)),
+        ("torch: batches of segments", partial(TorchWork, problem, segments, RESERVE)),
+    ]
+    if find_spec("triton") is not None:
+        from attention.triton_backend.planner import make_plan
+        from attention.triton_backend.work import shape_of
 
-    def __init__(self, forest: ForestArrays, device: torch.device, dtype: torch.dtype) -> None:
-        self._forest, self._segments = forest, segments_of(forest)
-        self._problem = Problem(
-            num_q_heads=Q_HEADS,
-            num_kv_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            value_head_dim=HEAD_DIM,
-            dtype=dtype,
-            kv_dtype=dtype,
-            device=device,
-            layout="NHD",
-            window=None,
-            sink_tokens=0,
-            batch_invariant=False,
-        )
-
-    def steps(self) -> Iterator[Step]:
-        """Those of one round."""
-        problem, segments = self._problem, self._segments
-        yield "order and segments", partial(segments_of, self._forest)
-        yield "torch: batches of segments", partial(TorchWork, problem, segments, RESERVE)
-        shape = shape_of(problem)
-        yield "triton: units of segments", partial(make_plan, problem, segments, shape, RESERVE)
+        units = partial(make_plan, problem, segments, shape_of(problem), RESERVE)
+        steps.append(("triton: units of segments", units))
+    return steps
 
 
-class Plans:
-    """Whole plans of a backend: made, made anew in place, and advanced by a token."""
-
-    def __init__(
-        self, forest: ForestArrays, device: torch.device, dtype: torch.dtype, backend: str
-    ) -> None:
-        self._forest, self._backend = forest, backend
-        self._make = partial(
-            attention.plan,
-            forest,
-            num_q_heads=Q_HEADS,
-            num_kv_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            dtype=dtype,
-            device=device,
-            reserve=RESERVE,
-            backend=backend,
-        )
-        self._plan = self._make()
-        behind = (int(forest.blocks.max()) + 1) * forest.block_size
-        self._slots = behind + RESERVE * np.arange(len(forest.leaf))
-
-    def steps(self) -> Iterator[Step]:
-        """Those of one round."""
-        yield f"{self._backend}: plan", self._make
-        yield f"{self._backend}: plan in place", partial(self._plan.update, self._forest)
-        for number, which in enumerate(("first advance", "advance")):
-            slots = self._slots + number
-            yield f"{self._backend}: {which}", partial(self._plan.advance, slots)
+def plan_steps(forest: ForestArrays, backend: str, make: Callable[[], Plan]) -> list[Step]:
+    """A whole plan: made, made anew in place, and then advanced by a token, twice."""
+    plan = make()
+    behind = (int(forest.blocks.max()) + 1) * forest.block_size
+    slots = behind + RESERVE * np.arange(len(forest.leaf))
+    return [
+        (f"{backend}: plan", make),
+        (f"{backend}: plan in place", partial(plan.update, forest)),
+        (f"{backend}: first advance", partial(plan.advance, slots)),
+        (f"{backend}: advance", partial(plan.advance, slots + 1)),
+    ]
 
 
-def table(taken: list[Taken]) -> str:
+def table(summaries: Summaries) -> str:
     """A line for each step, a column for each forest."""
-    forests = list(dict.fromkeys(one.forest for one in taken))
-    cells = {
-        (one.step, one.forest): f"{median(one.times):,.0f} ({min(one.times):,.0f})" for one in taken
-    }
-    steps = dict.fromkeys(one.step for one in taken)
-    rows = [[step, *(cells[step, forest] for forest in forests)] for step in steps]
-    return aligned([["", *forests], *rows])
+    forests = list(next(iter(summaries.values())))
+    lines = [["", *forests]]
+    lines += [
+        [step, *(f"{one['median_us']:,.0f} ({one['least_us']:,.0f})" for one in of.values())]
+        for step, of in summaries.items()
+    ]
+    return aligned(lines)

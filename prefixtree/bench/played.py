@@ -20,8 +20,8 @@ class Played(NamedTuple):
     tokens: int
     """Of all prompts."""
     steps: dict[str, dict[str, dict[str, float]]]
-    """Step, cache, and then count, mean_us, median_us, total_us. `evict` counts only requests that
-    had to; `request` is all steps of a request but `match`, for `open` looks again."""
+    """Step, cache, and then what `Timings.summary` says. `evict` counts only requests that had to;
+    `request` is all steps of a request but `match`, for `open` looks again."""
     hit_tokens: dict[str, int]
 
 

@@ -254,6 +254,7 @@ def test_a_row_has_the_median_of_each_cache() -> None:
         "count": 3,
         "mean_us": 4.0,
         "median_us": 2.0,
+        "least_us": 1.0,
         "total_us": 12.0,
     }
 

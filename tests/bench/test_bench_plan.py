@@ -1,5 +1,6 @@
 """The command `bench plan`, on forests so small that the figures mean nothing."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -30,14 +31,25 @@ def test_every_step_is_measured_on_every_forest(
     steps = ["order and segments", "torch: batches of segments", "triton: units of segments"]
     steps += [f"{backend}: {step}" for backend in backends for step in STEPS]
     figures = json.loads(file.read_text())
-    found = [(one["forest"], one["step"]) for one in figures["steps"]]
-    assert sorted(found) == sorted((tree, step) for tree in TREES for step in steps)
-    assert all(one["rounds"] == 2 for one in figures["steps"])
-    assert all(0 < one["least_us"] <= one["median_us"] for one in figures["steps"])
+    assert list(figures["steps"]) == steps
+    for of_forests in figures["steps"].values():
+        assert list(of_forests) == list(TREES)
+        assert all(one["count"] == 2 for one in of_forests.values())
+        assert all(0 < one["least_us"] <= one["median_us"] for one in of_forests.values())
     heading, columns, *lines = capsys.readouterr().out.splitlines()
     assert "64 tokens in reserve" in heading
     assert columns.split() == list(TREES)
     assert [line.partition("  ")[0] for line in lines] == steps
+
+
+def test_without_triton_the_plans_of_torch_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "TREES", TREES)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(planning, "find_spec", lambda _: None)
+    assert main(["bench", "plan", "--rounds", "1"]) == 0
+    assert "triton" not in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,14 @@ class FreeExtents:
         self._forget(start, length)
         return start, self._keep_rest(start, length, count)
 
+    def take_all(self) -> list[tuple[int, int]]:
+        """Takes all ids; returns (start, length) of the extents that they were. O(extents)."""
+        extents = list(self._length.items())
+        for index in (self._length, self._start, self._stacks, self._lengths):
+            index.clear()
+        self.total = 0
+        return extents
+
     def add(self, start: int, length: int) -> None:
         """Makes the ids start .. start+length-1 free, length >= 1. None may be free already."""
         self.total += length

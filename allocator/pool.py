@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -23,10 +24,12 @@ Int32s = NDArray[np.int32]
 Runs: TypeAlias = "list[tuple[int, int]]"
 """Consecutive ids as (start, length)."""
 
-_FEW = 6
-"""Runs up to which some numpy calls for each are quicker than an index for every block."""
-
 _MOST_BLOCKS = 2**31 - 1
+
+_NONE: Int32s = np.empty(0, np.int32)
+
+_ONCE = np.ones(4096, np.int32).tobytes()
+"""Reference counts of blocks that one node holds, as nearly all do."""
 
 
 class BlockPool:
@@ -44,10 +47,16 @@ class BlockPool:
         self._refs = np.zeros(self.num_blocks, np.int32)
         self._ids = np.arange(self.num_blocks, dtype=np.int32)  # runs of ids are slices of it
         self._free = FreeExtents(self.num_blocks)
+        self._num_free = self.num_blocks
+        # What came free last, ascending: not in an extent yet, and counted as referenced. A full
+        # cache evicts just what is lacking and hands out all of it at once; neither its reference
+        # counts nor the extents need to be touched for that.
+        self._freed = _NONE
 
     @property
     def refs(self) -> Int32s:
-        """The reference counts, int32 [num_blocks]: a read-only view, always current."""
+        """The reference counts of now, int32 [num_blocks]; read-only, good until the next call."""
+        self._settle()
         view = self._refs.view()
         view.flags.writeable = False
         return view
@@ -55,18 +64,20 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks without a reference. O(1)."""
-        return self._free.total
+        return self._num_free
 
     @property
     def num_free_extents(self) -> int:
-        """Runs of consecutive free blocks. O(1)."""
+        """Runs of consecutive free blocks. O(1), but for what came free last."""
+        self._settle()
         return len(self._free)
 
     def allocate(self, count: int, after: int | None = None) -> Int32s:
         """Hands out `count` free blocks, int32 [count], each with one reference.
 
         They continue directly behind the block `after` as far as that space is free. The others
-        come from a smallest extent that holds them all, else from the largest ones.
+        come from a smallest extent that holds them all, else from the largest ones; when no more
+        are free than asked for, in ascending order.
         O(count) in numpy plus O(log extents) for each extent used.
 
         Raises OutOfBlocks when fewer than `count` are free, ForeignBlock when `after` is no block
@@ -75,14 +86,11 @@ class BlockPool:
         count = at_least(0, "count", count)
         if after is not None:
             after = as_integer("after", after)
-            if not (0 <= after < self.num_blocks and self._refs[after]):
+            if not self._is_used(after):
                 raise ForeignBlock([after])
-        if count > self._free.total:
-            raise OutOfBlocks(count, self._free.total)
-        runs = self._take(count, after)
-        for start, taken in runs:
-            self._refs[start : start + taken] = 1
-        return self._ids_of(runs)
+        if count > self._num_free:
+            raise OutOfBlocks(count, self._num_free)
+        return self._take_all(after) if count == self._num_free else self._take(count, after)
 
     def retain(self, blocks: ArrayLike) -> None:
         """Adds a reference to each of `blocks`, an integer array [n]; duplicates count.
@@ -91,6 +99,7 @@ class BlockPool:
         array of another kind; then nothing has changed. O(n log n) in numpy.
         """
         ids, times = self._tally(_as_ids(blocks))
+        self._settle()
         refs: Int32s = self._refs.take(ids)
         if np.count_nonzero(refs) < ids.size:
             raise ForeignBlock(ids[refs == 0])
@@ -99,24 +108,32 @@ class BlockPool:
     def release(self, blocks: ArrayLike) -> Int32s:
         """Takes a reference from each of `blocks`, an integer array [n]; duplicates count.
 
-        Returns the blocks that became free, int32, ascending. O(n log n) in numpy plus
-        O(log extents) for each run of consecutive blocks that became free.
+        Returns the blocks that became free, int32, ascending. O(n log n) in numpy; O(log extents)
+        more for each run of them, when they are not all handed out again at once.
 
         Raises ForeignBlock naming those out of range, DoubleFree naming those released more often
         than they are referenced, InvalidArgument for an array of another kind; then nothing has
         changed.
         """
-        ids = _as_ids(blocks)
-        # Differences of other integers might wrap around to 1 inside of the pool's range.
-        wide = ids.itemsize >= 4 and ids.dtype.kind == "i"
-        freed = self._release_runs(_runs(ids)) if wide else None
-        return self._release_each(ids) if freed is None else freed
+        freed, times = self._tally(_as_ids(blocks))
+        self._settle()
+        refs: Int32s = self._refs.take(freed)
+        if not (isinstance(times, int) and _ONCE.startswith(refs)):
+            left: Int32s = refs - times
+            if left.size and np.minimum.reduce(left) < 0:
+                raise DoubleFree(freed[left < 0])
+            self._refs[freed] = np.maximum(left, 1)
+            freed = freed[left == 0]
+        self._freed = freed
+        self._num_free += len(freed)
+        return freed.copy()
 
     def check(self) -> None:
         """Raises BrokenInvariant unless exactly the blocks without a reference are free.
 
         O(num_blocks).
         """
+        self._settle()
         self._free.check()
         free = np.zeros(self.num_blocks, bool)
         for start, length in self._free:
@@ -130,56 +147,57 @@ class BlockPool:
             block = wrong[0]
             state = "free" if free[block] else "not free"
             raise BrokenInvariant(f"block {block} is {state} with {self._refs[block]} references")
+        if self._free.total != self._num_free:
+            raise BrokenInvariant(f"{self._num_free} free blocks counted of {self._free.total}")
 
-    def _take(self, count: int, after: int | None) -> Runs:
-        """Takes `count` ids, which must be free."""
-        pieces = []
+    def _take(self, count: int, after: int | None) -> Int32s:
+        """Takes `count` of the free ids."""
+        self._settle()
+        runs = []
+        left = count
         if after is not None:
-            taken = self._free.take_at(after + 1, count)
-            pieces.append((after + 1, taken))
-            count -= taken
-        while count:
-            start, taken = self._free.take_best(count)
-            pieces.append((start, taken))
-            count -= taken
-        return pieces
+            taken = self._free.take_at(after + 1, left)
+            runs.append((after + 1, taken))
+            left -= taken
+        while left:
+            start, taken = self._free.take_best(left)
+            runs.append((start, taken))
+            left -= taken
+        self._num_free -= count
+        return self._reference(runs)
 
-    def _release_runs(self, runs: Runs) -> Int32s | None:
-        """`release` of few runs, as the blocks of a node are, by slices in place of an index.
+    def _take_all(self, after: int | None) -> Int32s:
+        """Takes all free ids."""
+        ids, self._freed, self._num_free = self._freed, _NONE, 0
+        if len(self._free):
+            ids = np.concatenate([ids, self._reference(self._free.take_all())])
+            ids.sort()
+        if after is not None:
+            at = bisect_left(ids.data, after + 1)
+            if at < len(ids) and ids.item(at) == after + 1:
+                ids = np.concatenate([ids[at:], ids[:at]])
+        return ids
 
-        None, and nothing has changed, for more of them and for what is to be refused.
-        """
-        if len(runs) > _FEW or any(
-            start < 0 or start + length > self.num_blocks for start, length in runs
-        ):
-            return None
-        freed: Runs = []
-        for done, (start, length) in enumerate(runs, 1):
-            refs = self._refs[start : start + length]
-            refs -= 1
-            if not np.count_nonzero(refs):
-                freed.append((start, length))
-            elif np.minimum.reduce(refs) < 0:
-                for start, length in runs[:done]:
-                    self._refs[start : start + length] += 1
-                return None
-            else:
-                freed += _runs((refs == 0).nonzero()[0] + start)
-        for start, length in freed:
-            self._free.add(start, length)
-        return self._ids_of(sorted(freed))
+    def _reference(self, runs: Runs) -> Int32s:
+        """The ids of these runs, with one reference each."""
+        for start, length in runs:
+            self._refs[start : start + length] = 1
+        ids = self._ids
+        return np.concatenate([_NONE, *[ids[start : start + length] for start, length in runs]])
 
-    def _release_each(self, ids: NDArray[np.integer[Any]]) -> Int32s:
-        """`release` of any blocks."""
-        distinct, times = self._tally(ids)
-        left: Int32s = self._refs.take(distinct) - times
-        if left.size and np.minimum.reduce(left) < 0:
-            raise DoubleFree(distinct[left < 0])
-        self._refs[distinct] = left
-        freed = distinct[left == 0] if np.count_nonzero(left) else distinct
-        for start, length in _runs(freed):
-            self._free.add(start, length)
-        return freed
+    def _is_used(self, block: int) -> bool:
+        if not (0 <= block < self.num_blocks and self._refs[block]):
+            return False
+        at = bisect_left(self._freed.data, block)
+        return at == len(self._freed) or self._freed.item(at) != block
+
+    def _settle(self) -> None:
+        """What came free last is like all that is free."""
+        if len(self._freed):
+            self._refs[self._freed] = 0
+            for start, length in _runs(self._freed):
+                self._free.add(start, length)
+            self._freed = _NONE
 
     def _tally(self, ids: NDArray[np.integer[Any]]) -> tuple[Int32s, Int32s | int]:
         """The distinct ids, ascending, and how often each occurs (one number if equal for all)."""
@@ -191,11 +209,6 @@ class BlockPool:
             distinct, times = np.unique(ordered, return_counts=True)
             return distinct, times.astype(np.int32)
         return ordered, 1
-
-    def _ids_of(self, runs: Runs) -> Int32s:
-        if not runs:
-            return self._ids[:0].copy()
-        return np.concatenate([self._ids[start : start + length] for start, length in runs])
 
 
 def _as_ids(blocks: ArrayLike) -> NDArray[np.integer[Any]]:

@@ -289,7 +289,7 @@ class PrefixCache(Inspected, Journaled):
         below = self._tree.below(top)
         before = self._tree.cached_tokens
         total = int(np.asarray(self._tree.nodes.length)[below].sum())
-        blocks = self._let_go(self._pins.drop(below, "forget"))
+        blocks = self._let_go(self._pins.drop(below, "forget").held)
         gone = before - self._tree.cached_tokens
         return Forgotten(blocks=blocks, tokens=gone, kept_tokens=total - gone)
 
@@ -450,10 +450,10 @@ class PrefixCache(Inspected, Journaled):
             counters.hit_tokens,
             tails.joins,
             tails.joined_tokens,
-            pins.evicted_tokens,
-            pins.evicted_nodes,
-            pins.trimmed_nodes,
-            pins.evictions(),
+            pins.counts.tokens,
+            pins.counts.nodes,
+            pins.counts.trimmed,
+            pins.counts.each(),
             self._match_lengths.histogram(),
             pins.path_nodes.histogram(),
             pins.reuse_gaps.histogram(),
@@ -540,9 +540,9 @@ class PrefixCache(Inspected, Journaled):
     def _blocks_behind(self, place: Place, wanted: Int32s) -> int:
         return -(-(len(wanted) - place.matched) // self.block_size)
 
-    def _let_go(self, blocks: Int32s) -> int:
+    def _let_go(self, held: list[Int32s]) -> int:
         """Releases what eviction gave; returns how many blocks came free."""
-        return len(self._pool.release(blocks)) if len(blocks) else 0
+        return len(self._pool.release(np.concatenate(held))) if held else 0
 
     def _require(self, needed: int, kept: int = 0, coming: int = 0) -> None:
         """Raises `OutOfBlocks` unless `needed` blocks can be had.
@@ -555,18 +555,12 @@ class PrefixCache(Inspected, Journaled):
 
     def _free_up(self, needed: int, reason: str) -> None:
         if needed > self._pool.num_free:
-            self._let_go(self._pins.evict(needed - self._pool.num_free, reason))
+            self._let_go(self._pins.evict(needed - self._pool.num_free, reason).held)
 
     def _evict(self, num_blocks: int, reason: str) -> Evicted:
-        pins = self._pins
-        tokens, nodes, trimmed = pins.evicted_tokens, pins.evicted_nodes, pins.trimmed_nodes
-        blocks = self._let_go(pins.evict(num_blocks, reason))
-        return Evicted(
-            blocks=blocks,
-            tokens=pins.evicted_tokens - tokens,
-            nodes=pins.evicted_nodes - nodes,
-            trimmed=pins.trimmed_nodes - trimmed,
-        )
+        removed = self._pins.evict(num_blocks, reason)
+        blocks = self._let_go(removed.held)
+        return Evicted(blocks, removed.tokens, removed.nodes, removed.trimmed)
 
     def _evictable_at(self, place: Place) -> int:
         """Evictable blocks that a sequence opened at `place` would pin."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
+from prefixtree.columns import Int32s
 from prefixtree.tree import RadixTree
 
 REMEMBERED = 1 << 16
@@ -57,36 +59,86 @@ class Evicted(NamedTuple):
     """Nodes that lost only their tail: 0 or 1, the last one chosen."""
 
 
+class Removed(NamedTuple):
+    """What left the tree at once."""
+
+    held: list[Int32s]
+    """The blocks to let go of, those of each node in their order: views as of `RaggedInts.get`.
+    What removed nodes shared appears more than once."""
+    nodes: int
+    trimmed: int
+    tokens: int
+
+
+class EvictionCounts:
+    """How much has been removed, in all and by policy and reason."""
+
+    def __init__(self) -> None:
+        self.nodes = 0
+        self.trimmed = 0
+        self.tokens = 0
+        self._each: dict[tuple[str, str], list[int]] = {}
+
+    def add(self, policy: str, reason: str, removed: Removed, blocks: int) -> None:
+        if removed.held:
+            _, nodes, trimmed, tokens = removed
+            self.nodes += nodes
+            self.trimmed += trimmed
+            self.tokens += tokens
+            counts = self._each.get((policy, reason))
+            if counts is None:
+                counts = self._each[policy, reason] = [0, 0, 0, 0]
+            counts[0] += nodes
+            counts[1] += trimmed
+            counts[2] += tokens
+            counts[3] += blocks
+
+    def each(self) -> tuple[EvictionCount, ...]:
+        return tuple([EvictionCount(*which, *counts) for which, counts in self._each.items()])
+
+
 class EvictionLog:
     """The latest evictions, found by the place in the tree where a walk now ends.
 
     A walk that misses an evicted node ends where that node hung, and its next token is the node's
-    first. Nothing of a node's path needs to be hashed or kept for that.
+    first. Nothing of a node's path needs to be hashed or kept for that. To find one takes an index,
+    which is brought up to date only then: there are many evictions to a question.
     """
 
     def __init__(self, tree: RadixTree) -> None:
         self._tree = tree
-        # Plain tuples: the garbage collector lets go of those, not of named ones, and would have
-        # to walk through all of them again and again.
-        self._at: OrderedDict[tuple[int, int, int, int], tuple[Any, ...]] = OrderedDict()
+        # Plain tuples, a place and an `Eviction` each: the garbage collector lets go of those, not
+        # of named ones, and would have to walk through all of them again and again.
+        self._latest: deque[tuple[Any, ...]] = deque(maxlen=REMEMBERED)
+        self._at: dict[tuple[int, int, int, int], tuple[Any, ...]] = {}
+        self._unindexed = 0  # of the latest
 
-    def add(self, node: int, token: int, eviction: Eviction) -> None:
-        """`node` is the one that stays, `token` the first one missing behind it. O(1)."""
-        if len(self._at) == REMEMBERED:
-            self._at.popitem(last=False)
-        key = self._key(node, eviction.start, token)
-        self._at[key] = tuple(eviction)
-        self._at.move_to_end(key)
+    def add(self, node: int, token: int, eviction: tuple[Any, ...]) -> None:
+        """`node` is the one that stays, `token` the first one missing behind it. O(1).
+
+        `eviction`: the fields of an `Eviction`.
+        """
+        # A number may later go to another node, but not with the same birth and end.
+        self._latest.append((node, self._tree.nodes.created[node], token, *eviction))
+        self._unindexed += 1
 
     def find(self, node: int, position: int, token: int) -> Eviction | None:
-        """What was evicted behind `node`, where it went on with `token`. O(1)."""
-        found = self._at.get(self._key(node, position, token))
-        return None if found is None else Eviction._make(found)
+        """What was evicted behind `node`, where it went on with `token`.
+
+        O(evictions since the last call), at most `REMEMBERED`.
+        """
+        self._index()
+        found = self._at.get((node, self._tree.nodes.created[node], token, position))
+        return None if found is None else Eviction._make(found[3:])
 
     def __iter__(self) -> Iterator[Eviction]:
         """The latest first."""
-        return map(Eviction._make, reversed(self._at.values()))
+        return (Eviction._make(entry[3:]) for entry in reversed(self._latest))
 
-    def _key(self, node: int, position: int, token: int) -> tuple[int, int, int, int]:
-        # A number may since have gone to another node, but not with the same birth and end.
-        return node, self._tree.nodes.created[node], position, token
+    def _index(self) -> None:
+        if len(self._at) + self._unindexed > 2 * REMEMBERED:
+            self._at.clear()
+            self._unindexed = len(self._latest)
+        new = list(islice(reversed(self._latest), self._unindexed))
+        self._at.update((entry[:4], entry) for entry in reversed(new))
+        self._unindexed = 0

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from allocator import BlockSet, EvictionPolicy, InvalidArgument, make_policy, uses_priority
 from allocator.errors import as_integer, at_least
 from prefixtree.check import State, TokenSums
-from prefixtree.columns import Int32s
+from prefixtree.columns import NOTHING, Int32s
 from prefixtree.errors import InvalidLength, NotHeld, PrefixGone, PriorityUnused
 from prefixtree.explain import Explanation, explain
 from prefixtree.guard import guarded
@@ -358,7 +358,8 @@ class PrefixIndex(Inspected, Journaled):
         num_blocks = as_integer("num_blocks", num_blocks)
         if num_blocks < 0:
             raise InvalidLength(f"num_blocks must be >= 0, got {num_blocks}")
-        return self._given_back(self._pins.evict(num_blocks, "evict", last_first=last_first))
+        held = self._pins.evict(num_blocks, "evict").held
+        return self._given_back([blocks[::-1] for blocks in held] if last_first else held)
 
     @guarded
     def eviction_order(self) -> Int32s:
@@ -395,7 +396,7 @@ class PrefixIndex(Inspected, Journaled):
         """Drops all that nobody holds. O(nodes * log leaves)."""
         before = self._tree.cached_tokens
         # One more than there are, so that also the last leaf goes whole.
-        blocks = self._given_back(self._pins.evict(self.num_blocks + 1, "clear"))
+        blocks = self._given_back(self._pins.evict(self.num_blocks + 1, "clear").held)
         left = self._tree.cached_tokens
         return Dropped(blocks, before - left, left)
 
@@ -435,10 +436,10 @@ class PrefixIndex(Inspected, Journaled):
             attended_logical_tokens=0,
             joins=0,
             joined_tokens=0,
-            evicted_tokens=pins.evicted_tokens,
-            evicted_nodes=pins.evicted_nodes,
-            trimmed_nodes=pins.trimmed_nodes,
-            evictions=pins.evictions(),
+            evicted_tokens=pins.counts.tokens,
+            evicted_nodes=pins.counts.nodes,
+            trimmed_nodes=pins.counts.trimmed,
+            evictions=pins.counts.each(),
             match_lengths=self._match_lengths.histogram(),
             path_nodes=pins.path_nodes.histogram(),
             reuse_gaps=pins.reuse_gaps.histogram(),
@@ -578,10 +579,11 @@ class PrefixIndex(Inspected, Journaled):
         below = tree.below(top)
         before = tree.cached_tokens
         total = int(np.asarray(tree.nodes.length)[below].sum())
-        blocks = self._given_back(self._pins.drop(below, "forget"))
+        blocks = self._given_back(self._pins.drop(below, "forget").held)
         gone = before - tree.cached_tokens
         return Dropped(blocks, gone, total - gone)
 
-    def _given_back(self, blocks: Int32s) -> Int32s:
+    def _given_back(self, held: list[Int32s]) -> Int32s:
+        blocks: Int32s = np.concatenate([NOTHING, *held])
         self._blocks.remove(blocks)
         return blocks

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from allocator import EvictionOrder, EvictionPolicy, Usage
-from prefixtree.columns import NOTHING, Int32s, Int64s
-from prefixtree.evictions import Eviction, EvictionCount, EvictionLog
+from prefixtree.columns import Int32s, Int64s
+from prefixtree.evictions import EvictionCounts, EvictionLog, Removed
 from prefixtree.histogram import POWERS, SECONDS, Observations
 from prefixtree.retention import Retained, Retention
 from prefixtree.tree import ROOT, RadixTree
@@ -31,10 +31,7 @@ class Pins:
         self._tick = 0
         self.evictable_tokens = 0
         self.evictable_blocks = 0
-        self.evicted_tokens = 0
-        self.evicted_nodes = 0
-        self.trimmed_nodes = 0
-        self._evictions: dict[tuple[str, str], list[int]] = {}  # see `_evicted`
+        self.counts = EvictionCounts()
         self.path_nodes = Observations(POWERS)
         self.reuse_gaps = Observations(SECONDS)
         self.idle_times = Observations(SECONDS)
@@ -156,39 +153,39 @@ class Pins:
             node = nodes.parent[node]
         return blocks
 
-    def evict(self, num_blocks: int, reason: str, *, last_first: bool = False) -> Int32s:
+    def evict(self, num_blocks: int, reason: str) -> Removed:
         """Removes leaves in order until `num_blocks` blocks come free or none is left.
 
-        Of the last leaf only the tail goes, where that is enough. Returns the blocks to let go of,
-        those of each leaf in their order or with `last_first` the other way round; those that
-        removed nodes shared appear more than once. O(log leaves) a node.
+        Of the last leaf only the tail goes, where that is enough. O(log leaves) a node.
         """
-        tree, nodes = self._tree, self._tree.nodes
+        tree, nodes, order, policy = self._tree, self._tree.nodes, self._order, self._policy.name
         self.end_retention()
-        now, before = self._now(), self._evicted()
+        now, evictable = self._now(), self.evictable_blocks
         held: list[Int32s] = []
-        while self._order and num_blocks > 0:
-            leaf = self._order.first()
+        tokens = trimmed = 0
+        while order and num_blocks > 0:
+            leaf = order.first()
             own, size = tree.own_blocks(leaf), nodes.length[leaf]
             self.idle_times.add(now - nodes.idle_since[leaf])
             self.lifetimes.add(now - nodes.made_at[leaf], own if own < num_blocks else num_blocks)
             kept = (tree.blocks.size[leaf] - num_blocks) * tree.block_size - nodes.offset[leaf]
             if num_blocks <= own and kept > 0:
-                token = tree.token(leaf, kept)
-                held.append(self._trim(leaf, kept))
-                start, stays = nodes.start[leaf] + kept, leaf
+                trimmed = 1
             else:
-                kept, token = 0, tree.token(leaf, 0)
-                start, stays = nodes.start[leaf], nodes.parent[leaf]
-                self._order.pop()
+                kept = 0
+            start, stays = nodes.start[leaf] + kept, leaf if kept else nodes.parent[leaf]
+            gone = (start, size - kept, not kept, reason, policy, now)
+            self.log.add(stays, tree.token(leaf, kept), gone)
+            if kept:
+                held.append(self._trim(leaf, kept))
+            else:
+                order.pop()
                 held.append(self._remove(leaf))
+            tokens += size - kept
             num_blocks -= own
-            gone = Eviction(start, size - kept, not kept, reason, self._policy.name, now)
-            self.log.add(stays, token, gone)
-        self._count_evictions(self._policy.name, reason, before)
-        if last_first:
-            held = [blocks[::-1] for blocks in held]
-        return np.concatenate(held) if held else NOTHING
+        removed = Removed(held, len(held) - trimmed, trimmed, tokens)
+        self.counts.add(policy, reason, removed, evictable - self.evictable_blocks)
+        return removed
 
     def forecast(self) -> list[int]:
         """The nodes that nobody has pinned, in the order in which `evict` would remove them all.
@@ -208,27 +205,22 @@ class Pins:
                 order.add(parent, self._usage(parent))
         return gone
 
-    def drop(self, below: Int64s, reason: str) -> Int32s:
-        """Removes those of these nodes that are not pinned; they come deepest first.
-
-        Returns the blocks to let go of, as `evict`.
-        """
+    def drop(self, below: Int64s, reason: str) -> Removed:
+        """Removes those of these nodes that are not pinned; they come deepest first."""
         tree, nodes = self._tree, self._tree.nodes
-        now, before = self._now(), self._evicted()
+        now, evictable = self._now(), self.evictable_blocks
         held: list[Int32s] = []
+        tokens = 0
         for node in below[np.asarray(nodes.pins)[below] == 0].tolist():
-            parent, token = nodes.parent[node], tree.token(node, 0)
-            gone = Eviction(nodes.start[node], nodes.length[node], True, reason, "", now)
+            size = nodes.length[node]
+            gone = (nodes.start[node], size, True, reason, "", now)
+            self.log.add(nodes.parent[node], tree.token(node, 0), gone)
             self._order.discard(node)
             held.append(self._remove(node))
-            self.log.add(parent, token, gone)
-        self._count_evictions("", reason, before)
-        return np.concatenate(held) if held else NOTHING
-
-    def evictions(self) -> tuple[EvictionCount, ...]:
-        """All that `evict` and `drop` removed, by policy and reason."""
-        items = self._evictions.items()
-        return tuple([EvictionCount(*which, *counts) for which, counts in items])
+            tokens += size
+        removed = Removed(held, len(held), 0, tokens)
+        self.counts.add("", reason, removed, evictable - self.evictable_blocks)
+        return removed
 
     @property
     def order(self) -> EvictionOrder:
@@ -242,8 +234,6 @@ class Pins:
     def _trim(self, leaf: int, length: int) -> Int32s:
         """Cuts an unpinned leaf down to its first tokens."""
         self._count(leaf, -1)
-        self.evicted_tokens += self._tree.nodes.length[leaf] - length
-        self.trimmed_nodes += 1
         held = self._tree.cut_back(leaf, length)
         self._count(leaf, 1)
         self._order.renew(leaf, self._usage(leaf))
@@ -254,8 +244,6 @@ class Pins:
         nodes = self._tree.nodes
         parent = nodes.parent[node]
         self._count(node, -1)
-        self.evicted_tokens += nodes.length[node]
-        self.evicted_nodes += 1
         held = self._tree.remove(node)
         self._retention.forget(node)
         if parent != ROOT and not nodes.pins[parent] and not nodes.children[parent]:
@@ -287,18 +275,6 @@ class Pins:
             clock=nodes.clock[node],
             priority=self._retention.priority(node),
         )
-
-    def _evicted(self) -> tuple[int, int, int, int]:
-        """Nodes, trimmed nodes and tokens that have gone, and minus the blocks left to go."""
-        # Of what may be evicted, only an eviction takes anything away without pinning it.
-        return self.evicted_nodes, self.trimmed_nodes, self.evicted_tokens, -self.evictable_blocks
-
-    def _count_evictions(self, policy: str, reason: str, before: tuple[int, int, int, int]) -> None:
-        now = self._evicted()
-        if now != before:
-            counts = self._evictions.setdefault((policy, reason), [0, 0, 0, 0])
-            for at in range(4):
-                counts[at] += now[at] - before[at]
 
     def _count(self, node: int, sign: int) -> None:
         self.evictable_tokens += sign * self._tree.nodes.length[node]

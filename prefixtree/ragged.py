@@ -40,7 +40,7 @@ class RaggedInts:
         self._room: Column = np.zeros(64, np.int64).data
 
     def get(self, row: int) -> Int32s:
-        """A view of the list, good until the next change of any list."""
+        """A view of the list, good until a list is next given entries."""
         start = self._start[row]
         return self._buffer[start : start + self.size[row]]
 

@@ -500,7 +500,7 @@ class RadixTree:
         needed = self.blocks_for(tail, size)
         if needed == self.blocks.size[tail]:
             return NOTHING
-        gone = self.blocks.get(tail)[needed:].copy()
+        gone = self.blocks.get(tail)[needed:]
         self.blocks.truncate(tail, needed)
         return gone
 
@@ -521,13 +521,13 @@ class RadixTree:
     def remove(self, node: int) -> Int32s:
         """Takes a leaf or an unlinked tail out; returns the blocks to let go."""
         nodes = self.nodes
-        held = self.blocks.get(node).copy()
+        held = self.blocks.get(node)
         if node in self._namespace_of:
             del self._root_of[self._namespace_of.pop(node)]
         elif nodes.linked[node]:
             parent = nodes.parent[node]
             if self.journal is not None:
-                self.journal.cut(node, 0, held)
+                self.journal.cut(node, 0, held.copy())
             del self._child[self._key(parent, self._first_tokens(node))]
             nodes.children[parent] -= 1
             self.branches -= not nodes.children[parent]
@@ -542,9 +542,9 @@ class RadixTree:
         """
         nodes = self.nodes
         index, within = divmod(nodes.offset[leaf] + length, self.block_size)
-        behind = self.blocks.get(leaf)[index:].copy()
+        behind = self.blocks.get(leaf)[index:]
         if self.journal is not None:
-            self.journal.cut(leaf, length, behind)
+            self.journal.cut(leaf, length, behind.copy())
         self.cached_tokens -= nodes.length[leaf] - length
         nodes.length[leaf] = length
         if len(self.tokens[leaf]) > 8 * length:

@@ -118,7 +118,7 @@ class BlockPool:
         freed, times = self._tally(_as_ids(blocks))
         self._settle()
         refs: Int32s = self._refs.take(freed)
-        if not (isinstance(times, int) and _ONCE.startswith(refs)):
+        if not (isinstance(times, int) and _ONCE.startswith(refs.data)):
             left: Int32s = refs - times
             if left.size and np.minimum.reduce(left) < 0:
                 raise DoubleFree(freed[left < 0])

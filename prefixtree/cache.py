@@ -526,7 +526,8 @@ class PrefixCache(Inspected, Journaled):
         """A pinned tail for a prompt, and how much of it was cached; or `OutOfBlocks`."""
         place = self._find(prompt, namespace)
         needed = self._blocks_behind(place, prompt)
-        self._require(needed, kept=self._evictable_at(place))
+        if needed > self._pool.num_free:
+            self._require(needed, kept=self._evictable_at(place))
         if place is NOWHERE:
             place = NOWHERE._replace(node=self._tree.add_root(namespace))
         node = self._tails.land(place)

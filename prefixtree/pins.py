@@ -266,14 +266,14 @@ class Pins:
 
     def _usage(self, node: int) -> Usage:
         nodes = self._tree.nodes
-        return Usage(
-            last_used=nodes.last_used[node],
-            created=nodes.created[node],
-            uses=nodes.uses[node],
-            tokens=nodes.length[node],
-            start=nodes.start[node],
-            clock=nodes.clock[node],
-            priority=self._retention.priority(node),
+        return Usage(  # by place: faster than by name
+            nodes.last_used[node],
+            nodes.created[node],
+            nodes.uses[node],
+            nodes.length[node],
+            nodes.start[node],
+            nodes.clock[node],
+            self._retention.priority(node),
         )
 
     def _count(self, node: int, sign: int) -> None:

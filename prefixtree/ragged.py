@@ -29,7 +29,7 @@ class RaggedInts:
 
     A batch of lists is extended or gathered by a few vector operations. A list that outgrows its
     room moves to the end of the buffer with twice the room. When the buffer is full it is rebuilt
-    without holes, with room for as much again at least, so that an entry costs amortised O(1).
+    without holes, with room for twice as much again or more, so that an entry costs amortised O(1).
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,8 @@ class RaggedInts:
                 values = values.copy()  # making room may move the list that `values` looks at
             self._room[row] = self.size[row] = 0
             room = size + size // 8  # a prompt's first tokens of output then need no move
-            self._make_room(room)
+            if self._end + room > len(self._buffer):
+                self._make_room(room)
             self._start[row] = self._end
             self._room[row] = room
             self._end += room
@@ -125,24 +126,25 @@ class RaggedInts:
 
     def _move(self, rows: Int64s, rooms: Int64s) -> None:
         """Gives each of these lists a fresh place of its new room at the buffer's end."""
-        self._make_room(int(rooms.sum()))
+        total = int(rooms.sum())
+        if self._end + total > len(self._buffer):
+            self._make_room(total)
         sizes = np.asarray(self.size)[rows]
         starts = self._end + np.cumsum(rooms) - rooms
         self._copy(self._buffer, rows, sizes, starts)
         np.asarray(self._start)[rows] = starts
         np.asarray(self._room)[rows] = rooms
-        self._end += int(rooms.sum())
+        self._end += total
 
     def _make_room(self, count: int) -> None:
-        if self._end + count <= len(self._buffer):
-            return
+        """Rebuilds the buffer without holes, with room for `count` more entries at its end."""
         held = np.asarray(self._room)
         rows = np.flatnonzero(held)
         rooms, sizes = held[rows], np.asarray(self.size)[rows]
         starts = np.cumsum(rooms) - rooms
         self._end = int(rooms.sum())
         # Looking through all rows must not be needed more often than as many entries came.
-        size = max(LEAST, len(held), 2 * (self._end + count))
+        size = max(LEAST, len(held), 3 * (self._end + count))
         # Memory in use already is faster than new memory, unless it is far too much.
         fits = len(self._buffer) // 8 <= size <= len(self._buffer)
         buffer = self._buffer if fits else np.empty(size, np.int32)

@@ -150,18 +150,9 @@ class RadixTree:
         nodes.writer[node] = writer
         self._made += 1
         nodes.created[node] = self._made
-        for column in (
-            nodes.children,
-            nodes.length,
-            nodes.written,
-            nodes.offset,
-            nodes.shares_first,
-            nodes.linked,
-            nodes.pins,
-            nodes.last_used,
-            nodes.uses,
-        ):
-            column[node] = 0
+        nodes.children[node] = nodes.linked[node] = nodes.pins[node] = nodes.uses[node] = 0
+        nodes.length[node] = nodes.written[node] = nodes.offset[node] = 0
+        nodes.shares_first[node] = nodes.last_used[node] = 0
         nodes.clock[node] = nodes.made_at[node] = nodes.idle_since[node] = 0.0
         return node
 
@@ -301,8 +292,13 @@ class RadixTree:
         tokens, length = self.tokens, self.nodes.length
         memory = wanted.data  # quicker to slice than an array
         while at + align <= total:
-            key = int.from_bytes(memory[at : at + align], sys.byteorder) << 32 | node
-            child = self._child.get(key, -1)
+            # As in `_key`: of one token the bytes are the same number, since none is negative.
+            first = (
+                memory[at]
+                if align == 1
+                else int.from_bytes(memory[at : at + align], sys.byteorder)
+            )
+            child = self._child.get(first << 32 | node, -1)
             if child < 0:
                 break
             edge = tokens[child]
@@ -351,7 +347,7 @@ class RadixTree:
         """Makes a node findable that has a length, unless a sibling begins like it; whether so."""
         nodes = self.nodes
         parent = nodes.parent[node]
-        if self._child.setdefault(self._key(parent, self._first_tokens(node)), node) != node:
+        if self._child.setdefault(self._key_of(node), node) != node:
             return False
         self.branches += not nodes.children[parent]
         nodes.children[parent] += 1
@@ -528,7 +524,7 @@ class RadixTree:
             parent = nodes.parent[node]
             if self.journal is not None:
                 self.journal.cut(node, 0, held.copy())
-            del self._child[self._key(parent, self._first_tokens(node))]
+            del self._child[self._key_of(node)]
             nodes.children[parent] -= 1
             self.branches -= not nodes.children[parent]
             self.cached_tokens -= nodes.length[node]
@@ -573,12 +569,15 @@ class RadixTree:
         self.nodes.length[node] = 0
         self.nodes.free(node)
 
-    def _first_tokens(self, node: int) -> bytes:
+    def _key_of(self, node: int) -> int:
         """What the node is found by."""
-        if self.nodes.writer[node]:
-            return self.tail_tokens.get(node)[: self.align].tobytes()
-        first: bytes = self.tokens[node]
-        return first
+        parent = self.nodes.parent[node]
+        if not self.nodes.writer[node]:
+            return self._key(parent, self.tokens[node])
+        if self.align == 1:
+            return self.tail_tokens.first(node) << 32 | parent
+        return self._key(parent, self.tail_tokens.get(node)[: self.align].tobytes())
 
     def _key(self, node: int, data: bytes) -> int:
+        """What the child of `node` is found by that begins with the first `align` of these."""
         return int.from_bytes(data[: 4 * self.align], sys.byteorder) << 32 | node

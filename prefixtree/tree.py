@@ -294,9 +294,7 @@ class RadixTree:
         while at + align <= total:
             # As in `_key`: of one token the bytes are the same number, since none is negative.
             first = (
-                memory[at]
-                if align == 1
-                else int.from_bytes(memory[at : at + align], sys.byteorder)
+                memory[at] if align == 1 else int.from_bytes(memory[at : at + align], sys.byteorder)
             )
             child = self._child.get(first << 32 | node, -1)
             if child < 0:

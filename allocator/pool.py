@@ -28,8 +28,8 @@ _MOST_BLOCKS = 2**31 - 1
 
 _NONE: Int32s = np.empty(0, np.int32)
 
-_ONCE = np.ones(4096, np.int32).tobytes()
-"""Reference counts of blocks that one node holds, as nearly all do."""
+_ONCE = np.ones(1 << 16, np.int32).tobytes()
+"""Reference counts of blocks that one node holds, as nearly all are; enough for most calls."""
 
 
 class BlockPool:

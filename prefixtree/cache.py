@@ -525,7 +525,7 @@ class PrefixCache(Inspected, Journaled):
     def _start(self, prompt: Int32s, namespace: Namespace, reason: str) -> tuple[int, int]:
         """A pinned tail for a prompt, and how much of it was cached; or `OutOfBlocks`."""
         place = self._find(prompt, namespace)
-        needed = self._blocks_behind(place, prompt)
+        matched, needed = place.matched, self._blocks_behind(place, prompt)
         if needed > self._pool.num_free:
             self._require(needed, kept=self._evictable_at(place))
         if place is NOWHERE:
@@ -533,13 +533,13 @@ class PrefixCache(Inspected, Journaled):
         node = self._tails.land(place)
         self._pins.pin(node)
         self._free_up(needed, reason)
-        tail = self._tails.start(node, prompt[place.matched :])
-        if place.matched < len(prompt):
+        tail = self._tails.start(node, prompt[matched:])
+        if matched < len(prompt):
             self._prefilling[tail] = len(prompt)
-        return tail, place.matched
+        return tail, matched
 
     def _blocks_behind(self, place: Place, wanted: Int32s) -> int:
-        return -(-(len(wanted) - place.matched) // self.block_size)
+        return -(-(len(wanted) - place.matched) // self._pool.block_size)
 
     def _let_go(self, held: list[Int32s]) -> int:
         """Releases what eviction gave; returns how many blocks came free."""

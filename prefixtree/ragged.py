@@ -29,7 +29,7 @@ class RaggedInts:
 
     A batch of lists is extended or gathered by a few vector operations. A list that outgrows its
     room moves to the end of the buffer with twice the room. When the buffer is full it is rebuilt
-    without holes, with room for twice as much again or more, so that an entry costs amortised O(1).
+    without holes, with room for as much again at least, so that an entry costs amortised O(1).
     """
 
     def __init__(self) -> None:
@@ -144,10 +144,11 @@ class RaggedInts:
         starts = np.cumsum(rooms) - rooms
         self._end = int(rooms.sum())
         # Looking through all rows must not be needed more often than as many entries came.
-        size = max(LEAST, len(held), 3 * (self._end + count))
-        # Memory in use already is faster than new memory, unless it is far too much.
-        fits = len(self._buffer) // 8 <= size <= len(self._buffer)
-        buffer = self._buffer if fits else np.empty(size, np.int32)
+        least = max(LEAST, len(held), 2 * (self._end + count))
+        # Memory in use already is faster than new memory, unless it is far too much. New memory
+        # has room to spare, so that lists of about the same size in all find room in it again.
+        fits = least <= len(self._buffer) <= 12 * least
+        buffer = self._buffer if fits else np.empty(least + least // 2, np.int32)
         self._copy(buffer, rows, sizes, starts)
         self._buffer = buffer
         np.asarray(self._start)[rows] = starts

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 import prefixtree as pt
+from prefixtree import evictions
 
 from .test_eviction import cached
 
@@ -68,6 +71,33 @@ def test_a_number_that_went_to_another_node_says_nothing() -> None:
     cache.clear()
     cached(cache, [5])
     assert cache.explain([5, 2]).why is pt.Why.NEVER_SEEN
+
+
+def test_of_a_place_that_lost_its_tokens_twice_the_last_time_counts() -> None:
+    now = [1.0]
+    cache = pt.PrefixCache(8, 1, clock=lambda: now[0])
+    cached(cache, [1, 2])
+    cache.clear()
+    now[0] = 2.0
+    cached(cache, [1, 2])
+    cache.forget([1])
+    assert [gone.reason for gone in cache.evictions()] == ["forget", "clear"]
+    assert cache.explain([1, 2]).eviction == pt.Eviction(1, 1, True, "forget", "", 2.0)
+
+
+@pytest.mark.parametrize("asked_every", [1, 3, 100])
+def test_the_latest_are_remembered(monkeypatch: pytest.MonkeyPatch, asked_every: int) -> None:
+    monkeypatch.setattr(evictions, "REMEMBERED", 4)
+    cache = pt.PrefixCache(8, 1)
+    for token in range(1, 31):
+        cached(cache, [token])
+        cache.clear()
+        if token % asked_every == 0:
+            assert cache.explain([token]).why is pt.Why.EVICTED
+    for token in range(27, 31):
+        assert cache.explain([token]).why is pt.Why.EVICTED
+    assert cache.explain([20]).why is pt.Why.NEVER_SEEN
+    assert len(cache.evictions()) == 4
 
 
 def test_forgotten() -> None:

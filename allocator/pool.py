@@ -76,8 +76,8 @@ class BlockPool:
         """Hands out `count` free blocks, int32 [count], each with one reference.
 
         They continue directly behind the block `after` as far as that space is free. The others
-        come from a smallest extent that holds them all, else from the largest ones; when no more
-        are free than asked for, in ascending order.
+        come from a smallest extent that holds them all, else from the largest ones. When no more
+        are free than asked for, all come in ascending order, from behind `after` on and round.
         O(count) in numpy plus O(log extents) for each extent used.
 
         Raises OutOfBlocks when fewer than `count` are free, ForeignBlock when `after` is no block
@@ -90,7 +90,9 @@ class BlockPool:
                 raise ForeignBlock([after])
         if count > self._num_free:
             raise OutOfBlocks(count, self._num_free)
-        return self._take_all(after) if count == self._num_free else self._take(count, after)
+        if 0 < count == self._num_free:
+            return self._take_all(after)
+        return self._take(count, after)
 
     def retain(self, blocks: ArrayLike) -> None:
         """Adds a reference to each of `blocks`, an integer array [n]; duplicates count.
@@ -186,13 +188,14 @@ class BlockPool:
         return np.concatenate([_NONE, *[ids[start : start + length] for start, length in runs]])
 
     def _is_used(self, block: int) -> bool:
+        """Whether the block is one of the pool that is not free."""
         if not (0 <= block < self.num_blocks and self._refs[block]):
             return False
         at = bisect_left(self._freed.data, block)
         return at == len(self._freed) or self._freed.item(at) != block
 
     def _settle(self) -> None:
-        """What came free last is like all that is free."""
+        """Makes free blocks like all others of those that came free last."""
         if len(self._freed):
             self._refs[self._freed] = 0
             for start, length in _runs(self._freed):

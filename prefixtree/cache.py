@@ -415,7 +415,8 @@ class PrefixCache(Inspected, Journaled):
 
     @guarded
     def stats(self) -> Stats:
-        """The numbers of now. Cheap enough for every step: O(1), but for O(retired_blocks)."""
+        """The numbers of now. Cheap enough for every step: O(1), but for what came free last and
+        O(retired_blocks)."""
         pool, tree, pins, tails = self._pool, self._tree, self._pins, self._tails
         counters, (attended, attended_logical) = self._counters, self._attended
         # By place: to name the fields would take longer than all the rest.

@@ -11,7 +11,7 @@ from prefixtree.columns import Int32s
 from prefixtree.tree import RadixTree
 
 REMEMBERED = 1 << 16
-"""Evictions kept in mind, the latest; about 250 bytes each."""
+"""Evictions kept in mind, the latest; about 250 bytes each, twice that once somebody asks."""
 
 
 class Eviction(NamedTuple):
@@ -110,8 +110,9 @@ class EvictionLog:
         # Plain tuples, a place and an `Eviction` each: the garbage collector lets go of those, not
         # of named ones, and would have to walk through all of them again and again.
         self._latest: deque[tuple[Any, ...]] = deque(maxlen=REMEMBERED)
-        self._at: dict[tuple[int, int, int, int], tuple[Any, ...]] = {}
-        self._unindexed = 0  # of the latest
+        self._added = 0  # ever, which is the number of the next one
+        self._number: dict[tuple[int, int, int, int], int] = {}  # place to its last one
+        self._indexed = 0  # those before this number have been put there
 
     def add(self, node: int, token: int, eviction: tuple[Any, ...]) -> None:
         """`node` is the one that stays, `token` the first one missing behind it. O(1).
@@ -120,7 +121,7 @@ class EvictionLog:
         """
         # A number may later go to another node, but not with the same birth and end.
         self._latest.append((node, self._tree.nodes.created[node], token, *eviction))
-        self._unindexed += 1
+        self._added += 1
 
     def find(self, node: int, position: int, token: int) -> Eviction | None:
         """What was evicted behind `node`, where it went on with `token`.
@@ -128,17 +129,21 @@ class EvictionLog:
         O(evictions since the last call), at most `REMEMBERED`.
         """
         self._index()
-        found = self._at.get((node, self._tree.nodes.created[node], token, position))
-        return None if found is None else Eviction._make(found[3:])
+        number = self._number.get((node, self._tree.nodes.created[node], token, position), -1)
+        first = self._added - len(self._latest)
+        return Eviction._make(self._latest[number - first][3:]) if number >= first else None
 
     def __iter__(self) -> Iterator[Eviction]:
         """The latest first."""
         return (Eviction._make(entry[3:]) for entry in reversed(self._latest))
 
     def _index(self) -> None:
-        if len(self._at) + self._unindexed > 2 * REMEMBERED:
-            self._at.clear()
-            self._unindexed = len(self._latest)
-        new = list(islice(reversed(self._latest), self._unindexed))
-        self._at.update((entry[:4], entry) for entry in reversed(new))
-        self._unindexed = 0
+        """Notes those that have been added since this was done last."""
+        count = min(self._added - self._indexed, len(self._latest))
+        if len(self._number) + count > 2 * REMEMBERED:  # too many of them are forgotten
+            self._number.clear()
+            count = len(self._latest)
+        latest_first = [*islice(reversed(self._latest), count)]
+        numbers = enumerate(reversed(latest_first), self._added - count)
+        self._number.update((entry[:4], number) for number, entry in numbers)
+        self._indexed = self._added

@@ -474,7 +474,8 @@ class RadixTree:
         return shared
 
     def drop_front(self, tail: int, count: int) -> Int32s:
-        """Drops the first `count` tokens of an unlinked tail; returns the blocks to let go."""
+        """Drops the first `count` tokens of an unlinked tail; returns a copy of the blocks to let
+        go."""
         dropped = (self.nodes.offset[tail] + count) // self.block_size
         gone = self.blocks.get(tail)[:dropped].copy()
         self.blocks.drop_front(tail, dropped)
@@ -483,7 +484,7 @@ class RadixTree:
         return np.concatenate([gone, self.trim(tail)])
 
     def trim(self, tail: int) -> Int32s:
-        """Takes from a tail the blocks that none of its tokens uses; returns them.
+        """Takes from a tail the blocks that none of its tokens uses; returns a view of them.
 
         An empty tail keeps a block only to go on in it behind the node above.
         """
@@ -499,7 +500,7 @@ class RadixTree:
         return gone
 
     def rehang(self, tail: int, node: int) -> Int32s:
-        """Puts an empty tail behind another node; returns the blocks to let go."""
+        """Puts an empty tail behind another node; returns the blocks to let go, as `trim`."""
         nodes = self.nodes
         nodes.parent[tail] = node
         nodes.start[tail] = self.end(node)
@@ -513,7 +514,7 @@ class RadixTree:
         self.tail_tokens.clear(tail)
 
     def remove(self, node: int) -> Int32s:
-        """Takes a leaf or an unlinked tail out; returns the blocks to let go."""
+        """Takes a leaf or an unlinked tail out; returns a view of the blocks to let go."""
         nodes = self.nodes
         held = self.blocks.get(node)
         if node in self._namespace_of:
@@ -530,7 +531,7 @@ class RadixTree:
         return held
 
     def cut_back(self, leaf: int, length: int) -> Int32s:
-        """Drops a leaf's tokens from `length` on; returns the blocks to let go.
+        """Drops a leaf's tokens from `length` on; returns a view of the blocks to let go.
 
         O(blocks dropped), amortised: the bytes are cut when a walk comes by or half are of no use.
         """

@@ -272,6 +272,13 @@ def test_the_arrays_given_and_returned_are_the_callers() -> None:
     assert pool.num_free == 8
 
 
+def test_no_blocks_of_a_full_pool_are_the_callers_too() -> None:
+    pool = BlockPool(2, 16)
+    pool.allocate(2)
+    pool.allocate(0).shape = (0, 1)
+    assert pool.allocate(0).shape == (0,)
+
+
 CALLS = {
     "more blocks than there are": (lambda p: p.allocate(11), OutOfBlocks, "11 .* 10 free"),
     "more blocks, continued": (lambda p: p.allocate(11, 1), OutOfBlocks, "11 .* 10 free"),

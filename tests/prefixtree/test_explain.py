@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 import prefixtree as pt
 from prefixtree import evictions
@@ -85,19 +87,26 @@ def test_of_a_place_that_lost_its_tokens_twice_the_last_time_counts() -> None:
     assert cache.explain([1, 2]).eviction == pt.Eviction(1, 1, True, "forget", "", 2.0)
 
 
-@pytest.mark.parametrize("asked_every", [1, 3, 100])
-def test_the_latest_are_remembered(monkeypatch: pytest.MonkeyPatch, asked_every: int) -> None:
-    monkeypatch.setattr(evictions, "REMEMBERED", 4)
-    cache = pt.PrefixCache(8, 1)
-    for token in range(1, 31):
-        cached(cache, [token])
-        cache.clear()
-        if token % asked_every == 0:
-            assert cache.explain([token]).why is pt.Why.EVICTED
-    for token in range(27, 31):
-        assert cache.explain([token]).why is pt.Why.EVICTED
-    assert cache.explain([20]).why is pt.Why.NEVER_SEEN
-    assert len(cache.evictions()) == 4
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["clear", "forget", "ask"])), max_size=60)
+)
+def test_the_latest_are_remembered(steps: list[tuple[int, str]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evictions, "REMEMBERED", 4)
+        cache = pt.PrefixCache(8, 1)
+        gone: list[tuple[int, str]] = []
+        for token, step in steps:
+            if step == "ask":
+                latest = dict(gone[-4:]).get(token)
+                found = cache.explain([token]).eviction
+                assert (found.reason if found else None) == latest
+            else:
+                cached(cache, [token])
+                cache.clear() if step == "clear" else cache.forget()
+                gone.append((token, step))
+            assert [past.reason for past in cache.evictions()] == [
+                reason for _, reason in reversed(gone[-4:])
+            ]
 
 
 def test_forgotten() -> None:

@@ -76,3 +76,23 @@ def test_lists_keep_what_was_put_in(changes: list[tuple[str, int | list[int], in
     gathered = real.gather(np.arange(ROWS), counts).tolist()
     halves = zip(model, counts.tolist(), strict=True)
     assert gathered == [entry for entries, count in halves for entry in entries[:count]]
+
+
+def test_room_that_a_list_is_given_is_there() -> None:
+    lists = RaggedInts()
+    lists.set(0, np.arange(40, dtype=np.int32))  # with room for 45
+    lists.set(1, np.arange(18, dtype=np.int32))  # 45 + 18 <= 64 < 45 + 20
+    lists.extend(np.array([1]), np.array([2]), np.arange(2, dtype=np.int32))
+    assert lists.get(1).tolist() == [*range(18), 0, 1]
+    assert lists.get(0).tolist() == [*range(40)]
+
+
+def test_a_buffer_is_used_again_only_with_room_to_spare() -> None:
+    lists = RaggedInts()
+    lists.set(0, np.arange(40, dtype=np.int32))
+    lists.set(1, np.arange(10, dtype=np.int32))
+    lists.clear(0)
+    lists.set(2, np.arange(48, dtype=np.int32))  # room 54 behind the 11 of list 1: one too many
+    lists.extend(np.array([2]), np.array([6]), np.arange(6, dtype=np.int32))
+    assert lists.get(2).tolist() == [*range(48), *range(6)]
+    assert lists.get(1).tolist() == [*range(10)]

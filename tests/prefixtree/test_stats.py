@@ -93,6 +93,7 @@ def test_evictions_are_counted_by_policy_and_reason() -> None:
         with cache.open(prompt) as sequence:
             sequence.commit(len(prompt))
 
+    assert cache.evict(1).blocks == 0
     use(1, 2, 3, 4, 5)
     use(6, 7, 8, 9)
     cache.forget([6])  # the block of 6 and 7 stays for 6

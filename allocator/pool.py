@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,7 +45,8 @@ class BlockPool:
         if self.num_blocks > _MOST_BLOCKS:
             raise InvalidArgument(f"num_blocks is {num_blocks}, expected at most {_MOST_BLOCKS}")
         self._refs = np.zeros(self.num_blocks, np.int32)
-        self._ids = np.arange(self.num_blocks, dtype=np.int32)  # runs of ids are slices of it
+        self._every = np.arange(self.num_blocks, dtype=np.int32).tobytes()
+        self._ids = np.frombuffer(self._every, np.int32)  # runs of ids are slices of it
         self._free = FreeExtents(self.num_blocks)
         self._num_free = self.num_blocks
         # What came free last, ascending: not in an extent yet, and counted as referenced. A full
@@ -117,15 +118,9 @@ class BlockPool:
         than they are referenced, InvalidArgument for an array of another kind; then nothing has
         changed.
         """
-        freed, times = self._tally(_as_ids(blocks))
+        ids = _as_ids(blocks)
         self._settle()
-        refs: Int32s = self._refs.take(freed)
-        if not (isinstance(times, int) and _ONCE.startswith(refs.data)):
-            left: Int32s = refs - times
-            if left.size and np.minimum.reduce(left) < 0:
-                raise DoubleFree(freed[left < 0])
-            self._refs[freed] = np.maximum(left, 1)
-            freed = freed[left == 0]
+        freed = ids.copy() if self._is_run_held_once(ids) else self._let_go(ids)
         self._freed = freed
         self._num_free += len(freed)
         return freed.copy()
@@ -187,6 +182,29 @@ class BlockPool:
         ids = self._ids
         return np.concatenate([_NONE, *[ids[start : start + length] for start, length in runs]])
 
+    def _let_go(self, ids: NDArray[np.integer[Any]]) -> Int32s:
+        """Takes references, but leaves the last one of each block; returns those it was."""
+        freed, times = self._tally(ids)
+        refs: Int32s = self._refs.take(freed)
+        if isinstance(times, int) and _ONCE.startswith(refs.data):
+            return freed
+        left: Int32s = refs - times
+        if left.size and np.minimum.reduce(left) < 0:
+            raise DoubleFree(freed[left < 0])
+        self._refs[freed] = np.maximum(left, 1)
+        last: Int32s = freed[left == 0]
+        return last
+
+    def _is_run_held_once(self, ids: NDArray[np.integer[Any]]) -> TypeGuard[Int32s]:
+        """Whether these are consecutive blocks that one node holds: quicker to see than to sort."""
+        if not ids.size or ids.item(-1) - ids.item(0) != ids.size - 1 or ids.item(0) < 0:
+            return False
+        if ids.dtype != np.int32 or not ids.flags.c_contiguous:
+            return False
+        first = ids.item(0)
+        refs = self._refs[first : first + ids.size]
+        return self._every.startswith(ids.data, 4 * first) and _ONCE.startswith(refs.data)
+
     def _is_used(self, block: int) -> bool:
         """Whether the block is one of the pool that is not free."""
         if not (0 <= block < self.num_blocks and self._refs[block]):
@@ -196,11 +214,10 @@ class BlockPool:
 
     def _settle(self) -> None:
         """Makes free blocks like all others of those that came free last."""
-        if len(self._freed):
-            self._refs[self._freed] = 0
-            for start, length in _runs(self._freed):
-                self._free.add(start, length)
-            self._freed = _NONE
+        for start, length in _runs(self._freed):
+            self._refs[start : start + length] = 0
+            self._free.add(start, length)
+        self._freed = _NONE
 
     def _tally(self, ids: NDArray[np.integer[Any]]) -> tuple[Int32s, Int32s | int]:
         """The distinct ids, ascending, and how often each occurs (one number if equal for all)."""
@@ -225,10 +242,12 @@ def _as_ids(blocks: ArrayLike) -> NDArray[np.integer[Any]]:
     return ids
 
 
-def _runs(ids: NDArray[np.integer[Any]]) -> Runs:
-    """Ids as runs of consecutive ones, in their order."""
+def _runs(ids: Int32s) -> Runs:
+    """Distinct ascending ids as runs of consecutive ones."""
     if not ids.size:
         return []
+    if ids.item(-1) - ids.item(0) == ids.size - 1:
+        return [(ids.item(0), ids.size)]
     (breaks,) = (ids[1:] - ids[:-1] != 1).nonzero()
     bounds = [0, *(breaks + 1).tolist(), ids.size]
     return [(ids.item(begin), end - begin) for begin, end in pairwise(bounds)]

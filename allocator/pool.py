@@ -197,7 +197,7 @@ class BlockPool:
 
     def _is_run_held_once(self, ids: NDArray[np.integer[Any]]) -> TypeGuard[Int32s]:
         """Whether these are consecutive blocks that one node holds: quicker to see than to sort."""
-        if not ids.size or ids.item(-1) - ids.item(0) != ids.size - 1 or ids.item(0) < 0:
+        if not ids.size or ids.item(-1) - ids.item(0) != ids.size - 1:
             return False
         if ids.dtype != np.int32 or not ids.flags.c_contiguous:
             return False

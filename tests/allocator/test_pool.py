@@ -50,7 +50,7 @@ FORMS = {
     "tuple": tuple,
     "int32": lambda ids: np.array(ids, np.int32),
     "int64": lambda ids: np.array(ids, np.int64),
-    "strided": lambda ids: np.array([ids, ids], np.int32).T[:, 0],
+    "strided": lambda ids: np.repeat(np.array(ids, np.int32), 2)[::2],
     "read-only": lambda ids: np.frombuffer(np.array(ids, np.int64).tobytes(), np.int64),
 }
 forms = st.sampled_from(sorted(FORMS))
@@ -263,11 +263,11 @@ def test_a_copy_of_a_pool_lives_on_its_own(twin_of) -> None:
 
 def test_the_arrays_given_and_returned_are_the_callers() -> None:
     pool = BlockPool(8, 16)
-    blocks = pool.allocate(4)[::-1].copy()
-    freed = pool.release(blocks)
-    assert blocks.tolist() == [3, 2, 1, 0]
-    freed[:] = 7
-    blocks[:] = 7
+    for blocks in (pool.allocate(4)[::-1].copy(), pool.allocate(4)):
+        before = blocks.tolist()
+        freed = pool.release(blocks)
+        assert blocks.tolist() == before
+        blocks[:] = freed[:] = 7
     pool.check()
     assert pool.num_free == 8
 
@@ -303,6 +303,11 @@ CALLS = {
     "release a run from below 0": (lambda p: p.release([-1, 0, 1]), ForeignBlock, ": -1$"),
     "release a free block": (lambda p: p.release([0, 2, 19]), DoubleFree, ": 2, 19$"),
     "release twice at once": (lambda p: p.release([0, 1, 4, 1]), DoubleFree, ": 1$"),
+    "release twice in a row": (
+        lambda p: p.release(np.array([11, 12, 12, 14], np.int32)),
+        DoubleFree,
+        ": 12$",
+    ),
     "floats": (lambda p: p.release(np.array([0.0])), InvalidArgument, "float64"),
     "booleans": (lambda p: p.retain(np.array([True])), InvalidArgument, "bool"),
     "two dimensions": (lambda p: p.retain(np.array([[0, 1]])), InvalidArgument, r"\(1, 2\)"),
@@ -336,6 +341,21 @@ def test_a_call_that_fails_names_what_was_wrong_and_changes_nothing(name: str) -
 def test_a_pool_of_no_size(num_blocks, block_size, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         BlockPool(num_blocks, block_size)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_comes_free_in_any_form(form: str) -> None:
+    pool = BlockPool(8, 16)
+    pool.allocate(8)
+    assert pool.release(FORMS[form]([2, 3, 4])).tolist() == [2, 3, 4]
+    assert pool.num_free_extents == 1
+
+
+def test_what_is_let_go_out_of_order_comes_free_in_order() -> None:
+    pool = BlockPool(8, 16)
+    pool.allocate(8)
+    assert pool.release(np.array([2, 4, 3, 5], np.int32)).tolist() == [2, 3, 4, 5]
+    assert pool.allocate(4).tolist() == [2, 3, 4, 5]
 
 
 def test_ids_whose_difference_wraps_around_are_no_run() -> None:

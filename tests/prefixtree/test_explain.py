@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 import prefixtree as pt
 from prefixtree import evictions
@@ -87,8 +87,13 @@ def test_of_a_place_that_lost_its_tokens_twice_the_last_time_counts() -> None:
     assert cache.explain([1, 2]).eviction == pt.Eviction(1, 1, True, "forget", "", 2.0)
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["clear", "forget", "ask"])), max_size=60)
+steps = st.tuples(st.integers(1, 9), st.sampled_from(["clear", "forget", "ask"]))
+
+
+@given(st.lists(steps, max_size=60))
+@example(  # so many forgotten ones in the index that it is made anew; 6 is the oldest that is not
+    [(token, step) for token in range(1, 10) for step in ("clear", "ask")[: 1 + (token in (4, 6))]]
+    + [(6, "ask"), (5, "ask")]
 )
 def test_the_latest_are_remembered(steps: list[tuple[int, str]]) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -76,7 +76,7 @@ class Journal:
         self._told: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)  # by block: told, not cut since
         self._grown: list[int] = []
         self._batches = [np.flatnonzero(np.asarray(tree.nodes.length))]
-        self._cut: list[Int32s] = []
+        self._cut: list[Int64s] = []
         self._room = NOTES
 
     def grew(self, node: int) -> None:
@@ -94,7 +94,7 @@ class Journal:
     def cut(self, leaf: int, length: int, blocks: Int32s) -> None:
         """Walks will find only the first `length` of this leaf's tokens. O(blocks told).
 
-        `blocks`, which never change: the node's from that of the next token on.
+        `blocks`: the node's from that of the next token on, to be copied.
         """
         nodes, size, told = self._tree.nodes, self._tree.block_size, self._told
         offset = nodes.offset[leaf]
@@ -104,11 +104,12 @@ class Journal:
             blocks = blocks[1:]
         # Those told come first in a node: where the first one was not, none was.
         if len(blocks) and (first := blocks.item(0)) < len(told) and told.item(first):
-            self._cut.append(blocks)
+            gone = blocks.astype(np.int64)  # numpy is slow with int32 for an index
+            self._cut.append(gone)
             try:
-                told[blocks.astype(np.int64)] = False  # numpy is slow with int32 for an index
+                told[gone] = False
             except IndexError:  # the last ones were never told
-                told[blocks[blocks < len(told)]] = False
+                told[gone[gone < len(told)]] = False
 
     def take(self) -> Changes:
         """What changed since the last call; nothing of what came and went in between.
@@ -117,7 +118,7 @@ class Journal:
         tail of an open sequence.
         """
         # The last block of a node first.
-        removed = np.concatenate([NOTHING, *self._cut[::-1]])[::-1]
+        removed = np.concatenate([NOTHING, *self._cut[::-1]])[::-1].astype(np.int32)
         self._cut = []
         self._unite_grown()
         nodes = self._batches.pop()

@@ -382,8 +382,7 @@ class RadixTree:
             behind = np.append(self.below(node), node)
             for one in behind.tolist():
                 kept = first if one == node else 0
-                gone = self.blocks.get(one)[kept:].copy()
-                self.journal.cut(one, kept * self.block_size, gone)
+                self.journal.cut(one, kept * self.block_size, self.blocks.get(one)[kept:])
             self.journal.all_grew(behind)
         self.blocks.get(node)[first : first + len(blocks)] = blocks
 
@@ -522,7 +521,7 @@ class RadixTree:
         elif nodes.linked[node]:
             parent = nodes.parent[node]
             if self.journal is not None:
-                self.journal.cut(node, 0, held.copy())
+                self.journal.cut(node, 0, held)
             del self._child[self._key_of(node)]
             nodes.children[parent] -= 1
             self.branches -= not nodes.children[parent]
@@ -539,7 +538,7 @@ class RadixTree:
         index, within = divmod(nodes.offset[leaf] + length, self.block_size)
         behind = self.blocks.get(leaf)[index:]
         if self.journal is not None:
-            self.journal.cut(leaf, length, behind.copy())
+            self.journal.cut(leaf, length, behind)
         self.cached_tokens -= nodes.length[leaf] - length
         nodes.length[leaf] = length
         if len(self.tokens[leaf]) > 8 * length:

@@ -183,7 +183,8 @@ class BlockPool:
         return np.concatenate([_NONE, *[ids[start : start + length] for start, length in runs]])
 
     def _let_go(self, ids: NDArray[np.integer[Any]]) -> Int32s:
-        """Takes references, but leaves the last one of each block; returns those it was."""
+        """`release` that leaves each block its last reference; returns the blocks, ascending, of
+        which it was that one."""
         freed, times = self._tally(ids)
         refs: Int32s = self._refs.take(freed)
         if isinstance(times, int) and _ONCE.startswith(refs.data):

@@ -28,7 +28,7 @@ def test_any_sequence_of_takes_and_adds(size: int, data: st.DataObject) -> None:
     extents = FreeExtents(size)
     free = set(range(size))
     for _ in range(data.draw(st.integers(0, 30), "operations")):
-        action = data.draw(st.sampled_from(["take_at", "take_best", "add"]), "action")
+        action = data.draw(st.sampled_from(["take_at", "take_best", "take_all", "add"]), "action")
         if action == "take_at":
             start = data.draw(st.integers(-1, size), "start")
             count = data.draw(st.integers(0, size), "count")
@@ -45,6 +45,9 @@ def test_any_sequence_of_takes_and_adds(size: int, data: st.DataObject) -> None:
             assert chosen[start] == best
             assert taken == min(best, count)
             free -= set(range(start, start + taken))
+        elif action == "take_all":
+            assert sorted(extents.take_all()) == extents_of(free)
+            free.clear()
         elif action == "add" and len(free) < size:
             taken_runs = extents_of(set(range(size)) - free)
             start, length = data.draw(st.sampled_from(taken_runs), "run")

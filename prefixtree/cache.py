@@ -405,7 +405,8 @@ class PrefixCache(Inspected, Journaled):
         """What of `tokens` is cached, where the match stops and why.
 
         For looking into a miss, not for every request. Changes nothing. Raises as `match`.
-        O(len(tokens)) in C for each namespace that begins alike; O(nodes) under `align="block"`.
+        O(len(tokens)) in C for each namespace that begins alike; O(nodes) under `align="block"`;
+        O(evictions since the last call) of those that are remembered.
         """
         wanted = as_prompt(tokens)
         place = self._find(wanted, namespace)
@@ -419,6 +420,7 @@ class PrefixCache(Inspected, Journaled):
         O(retired_blocks)."""
         pool, tree, pins, tails = self._pool, self._tree, self._pins, self._tails
         counters, (attended, attended_logical) = self._counters, self._attended
+        gone = pins.counts.total()
         # By place: to name the fields would take longer than all the rest.
         return Stats(
             pool.num_blocks,
@@ -451,9 +453,9 @@ class PrefixCache(Inspected, Journaled):
             counters.hit_tokens,
             tails.joins,
             tails.joined_tokens,
-            pins.counts.tokens,
-            pins.counts.nodes,
-            pins.counts.trimmed,
+            gone.tokens,
+            gone.nodes,
+            gone.trimmed,
             pins.counts.each(),
             self._match_lengths.histogram(),
             pins.path_nodes.histogram(),

@@ -71,27 +71,24 @@ class Removed(NamedTuple):
 
 
 class EvictionCounts:
-    """How much has been removed, in all and by policy and reason."""
+    """How much has been removed, by policy and reason."""
 
     def __init__(self) -> None:
-        self.nodes = 0
-        self.trimmed = 0
-        self.tokens = 0
-        self._each: dict[tuple[str, str], list[int]] = {}
+        self._each: dict[tuple[str, str], list[int]] = {}  # as `EvictionCount` has them
 
     def add(self, policy: str, reason: str, removed: Removed, blocks: int) -> None:
         if removed.held:
-            _, nodes, trimmed, tokens = removed
-            self.nodes += nodes
-            self.trimmed += trimmed
-            self.tokens += tokens
             counts = self._each.get((policy, reason))
             if counts is None:
                 counts = self._each[policy, reason] = [0, 0, 0, 0]
-            counts[0] += nodes
-            counts[1] += trimmed
-            counts[2] += tokens
+            counts[0] += removed.nodes
+            counts[1] += removed.trimmed
+            counts[2] += removed.tokens
             counts[3] += blocks
+
+    def total(self) -> EvictionCount:
+        """All of them, of no policy and reason."""
+        return EvictionCount("", "", *map(sum, zip(*self._each.values(), strict=True)))
 
     def each(self) -> tuple[EvictionCount, ...]:
         return tuple([EvictionCount(*which, *counts) for which, counts in self._each.items()])

@@ -413,6 +413,7 @@ class PrefixIndex(Inspected, Journaled):
         """As `PrefixCache.stats`, where a block that is not in the index counts as free, and a held
         prefix as an open sequence. O(num_blocks) in numpy for the free extents."""
         tree, pins = self._tree, self._pins
+        gone = pins.counts.total()
         return Stats(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
@@ -436,9 +437,9 @@ class PrefixIndex(Inspected, Journaled):
             attended_logical_tokens=0,
             joins=0,
             joined_tokens=0,
-            evicted_tokens=pins.counts.tokens,
-            evicted_nodes=pins.counts.nodes,
-            trimmed_nodes=pins.counts.trimmed,
+            evicted_tokens=gone.tokens,
+            evicted_nodes=gone.nodes,
+            trimmed_nodes=gone.trimmed,
             evictions=pins.counts.each(),
             match_lengths=self._match_lengths.histogram(),
             path_nodes=pins.path_nodes.histogram(),

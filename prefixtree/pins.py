@@ -169,14 +169,13 @@ class Pins:
             self.idle_times.add(now - nodes.idle_since[leaf])
             self.lifetimes.add(now - nodes.made_at[leaf], own if own < num_blocks else num_blocks)
             kept = (tree.blocks.size[leaf] - num_blocks) * tree.block_size - nodes.offset[leaf]
-            if num_blocks <= own and kept > 0:
-                trimmed = 1
-            else:
+            if num_blocks > own or kept < 0:
                 kept = 0
             start, stays = nodes.start[leaf] + kept, leaf if kept else nodes.parent[leaf]
             gone = (start, size - kept, not kept, reason, policy, now)
             self.log.add(stays, tree.token(leaf, kept), gone)
             if kept:
+                trimmed = 1
                 held.append(self._trim(leaf, kept))
             else:
                 order.pop()
